@@ -1,0 +1,30 @@
+# `make demo` and `make test` work from a fresh clone with nothing but Python 3.11+, make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test check test-slow clean
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## install, convert the bundled checkpoint, print generated text
+	$(BIN)/grok1 demo
+
+check: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy modeling_grok1 configuration conversion model_card
+
+test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small files to run those that need them)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+
+test-slow: $(VENV)/.installed  ## the minutes-long tests
+	$(BIN)/python -m pytest -m slow
+
+clean:           ## remove build products and the environment
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

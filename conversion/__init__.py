@@ -1,0 +1,1 @@
+"""xAI's checkpoint to a folder for the hub, and back."""

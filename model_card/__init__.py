@@ -1,0 +1,1 @@
+"""The README of a converted folder, and the way to the hub."""

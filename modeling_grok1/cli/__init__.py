@@ -1,0 +1,1 @@
+"""The `grok1` command."""

@@ -1,0 +1,228 @@
+# Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
+"""Grok-1's configuration. The defaults are the released 314B model."""
+
+import math
+from functools import wraps
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.configuration_utils import PreTrainedConfig
+
+
+TESTED_TRANSFORMERS = "5.23"
+
+if ".".join(version("transformers").split(".")[:2]) != TESTED_TRANSFORMERS:
+    raise ImportError(
+        f"Grok-1's code rests on the loading internals of transformers {TESTED_TRANSFORMERS} and found "
+        f'transformers {version("transformers")}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, or take a '
+        "release of modeling-grok1 that names your version."
+    )
+
+# Where the classes lie in a folder on the hub, for `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_grok1.GrokConfig",
+    "AutoModel": "modeling_grok1.Grok1Model",
+    "AutoModelForCausalLM": "modeling_grok1.Grok1ForCausalLM",
+}
+
+# Values that other ports offer and xAI's code does not have: field -> the only value that is implemented, and why.
+FIXED = {
+    "hidden_act": ("gelu_pytorch_tanh", "jax.nn.gelu is the tanh approximation"),
+    "norm_topk_prob": (False, "xAI does not renormalise the gates of the chosen experts"),
+    "moe_router_renormalize": (False, "xAI does not renormalise the gates of the chosen experts"),
+    "router_logit_softcapping": (0.0, "xAI caps attention logits, never router logits"),
+    "residual_moe": (False, "Grok-1 has no dense branch beside its experts"),
+    "load_presharded_moe": (False, "the experts of a checkpoint are whole"),
+}
+
+
+def raises_value_errors(config_class):
+    """`@strict` raises errors of its own kind; a user of this package gets a ValueError for every refusal."""
+
+    def translate(method):
+        @wraps(method)
+        def wrapper(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(f"{config_class.__name__}: {error}") from error
+
+        return wrapper
+
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(config_class, name, translate(getattr(config_class, name)))
+    return config_class
+
+
+@raises_value_errors
+@strict
+class GrokConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Grok-1 model. `GrokConfig()` is the released checkpoint: 314B parameters, 64 layers, 8 experts of
+    which every token visits 2.
+
+    Four fields have a second spelling in other engines' configs: `num_local_experts` (`num_experts`), `max_attn_value`
+    (`attn_logit_softcapping`), `moe_intermediate_size` (`intermediate_size`) and `logit_scale`
+    (`output_multiplier_scale`). Both spellings are read and written; they are one value, and a config that gives the
+    two spellings different values is refused.
+
+    Args:
+        vocab_size (`int`): V, rows of the embedding and of the tied head.
+        hidden_size (`int`): D, width of the residual stream.
+        intermediate_size (`int`): F, width of one expert.
+        num_hidden_layers (`int`): decoder layers.
+        num_attention_heads (`int`): H, query heads.
+        num_key_value_heads (`int`): K, key and value heads; query heads `j*H/K .. (j+1)*H/K - 1` share head j.
+        head_dim (`int`): width of a head; `hidden_size // num_attention_heads` where it is not given.
+        num_experts (`int`): E, experts of a layer.
+        num_experts_per_tok (`int`): top_k, experts that a token visits.
+        max_position_embeddings (`int`): longest context in tokens.
+        rms_norm_eps (`float`): epsilon inside the square root of every RMSNorm.
+        attn_output_multiplier (`float`): factor on the attention scores, 1/sqrt(128) in the release.
+        attn_logit_softcapping (`float`): c in `c * tanh(score / c)`, applied before the mask.
+        embedding_multiplier_scale (`float`): factor on the embeddings, sqrt(6144) in the release.
+        output_multiplier_scale (`float`): factor on the logits, 1/sqrt(3) in the release.
+        rope_parameters (`dict`): rotary embedding, `{"rope_type": "default", "rope_theta": 10000.0}` in the release.
+        router_aux_loss_coef (`float`): weight of the load-balancing loss where `output_router_logits` asks for it.
+        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe,
+            load_presharded_moe: written for other engines; only the value that xAI's code has is accepted.
+
+    Raises:
+        ValueError: a value of the wrong type, an unsupported one, or values that contradict each other; the message
+            names every such key with what was expected and what was found.
+    """
+
+    model_type = "grok-1"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 10000.0
+    attribute_map = {
+        "num_local_experts": "num_experts",
+        "max_attn_value": "attn_logit_softcapping",
+        "moe_intermediate_size": "intermediate_size",
+        "logit_scale": "output_multiplier_scale",
+    }
+
+    # The router is float32 and small: it stays whole on every rank.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.block_sparse_moe.experts.gate_up_proj": "packed_colwise",
+        "layers.*.block_sparse_moe.experts.down_proj": "rowwise",
+        "layers.*.block_sparse_moe.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.block_sparse_moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.block_sparse_moe.experts.down_proj": "grouped_gemm",
+        "layers.*.block_sparse_moe.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    vocab_size: int = 131072
+    hidden_size: int = 6144
+    intermediate_size: int = 32768
+    num_hidden_layers: int = 64
+    num_attention_heads: int = 48
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    attn_output_multiplier: float | int = 0.08838834764831845
+    attn_logit_softcapping: float | int = 30.0
+    embedding_multiplier_scale: float | int = 78.38367176906169
+    output_multiplier_scale: float | int = 0.5773502691896257
+    rope_parameters: dict | None = None
+    hidden_act: str = "gelu_pytorch_tanh"
+    norm_topk_prob: bool = False
+    moe_router_renormalize: bool = False
+    router_logit_softcapping: float | int = 0.0
+    residual_moe: bool = False
+    load_presharded_moe: bool = False
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __new__(cls, *args, **kwargs):
+        # The one place that sees which spellings the caller gave, before the attribute map folds them together.
+        given = {**kwargs, "rope_parameters.rope_theta": (kwargs.get("rope_parameters") or {}).get("rope_theta")}
+        pairs = [*cls.attribute_map.items(), ("rope_theta", "rope_parameters.rope_theta")]
+        problems = [
+            f"`{field}` is {given[field]} and `{twin}` is {given[twin]}"
+            for twin, field in pairs
+            if given.get(twin) is not None and given.get(field) is not None and given[twin] != given[field]
+        ]
+        if problems:
+            raise ValueError(
+                f"{cls.__name__}: two spellings of one value disagree: {'; '.join(problems)}. Give one, or both equal."
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        if self.architectures is None:
+            self.architectures = ["Grok1ForCausalLM"]
+
+    def validate_architecture(self):
+        """Refuse, all in one ValueError, what the model does not implement and what cannot be built."""
+        problems = [
+            f"`{key}`: expected {expected!r} ({reason}), found {getattr(self, key)!r}"
+            for key, (expected, reason) in FIXED.items()
+            if getattr(self, key) != expected
+        ]
+        for key in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
+            *("attn_logit_softcapping", "attn_output_multiplier"),
+            *("embedding_multiplier_scale", "output_multiplier_scale"),
+        ):
+            value = getattr(self, key)
+            if value is None or not (math.isfinite(value) and value > 0):
+                problems.append(f"`{key}`: expected a positive number, found {value!r}")
+        if not problems:
+            if self.num_attention_heads % self.num_key_value_heads != 0:
+                problems.append(
+                    f"`num_attention_heads`: expected a multiple of `num_key_value_heads` "
+                    f"({self.num_key_value_heads}), found {self.num_attention_heads}"
+                )
+            if self.head_dim % 2 != 0:
+                problems.append(f"`head_dim`: expected an even number (rotary halves), found {self.head_dim}")
+            if self.num_experts_per_tok > self.num_experts:
+                problems.append(
+                    f"`num_experts_per_tok`: expected at most `num_experts` ({self.num_experts}), "
+                    f"found {self.num_experts_per_tok}"
+                )
+        if problems:
+            raise ValueError(f"{type(self).__name__} cannot be a Grok-1: " + "; ".join(problems) + ".")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary that config.json holds: every spelling of every key, and the hub's code map."""
+        output = super().to_dict()
+        output.update({twin: output[field] for twin, field in self.attribute_map.items() if field in output})
+        if "rope_theta" in (output.get("rope_parameters") or {}):
+            output["rope_theta"] = output["rope_parameters"]["rope_theta"]
+        output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
+        return output
+
+
+__all__ = ["GrokConfig"]

@@ -1,0 +1,71 @@
+"""One import name, `modeling_grok1`.
+
+The tool folders lie at the top level of the repository for readers; `package_dir` maps them below `modeling_grok1`, so
+that nothing as generic as `conversion` or `configuration` lands in site-packages.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+
+HERE = Path(__file__).parent
+
+PACKAGES = {
+    "modeling_grok1": "modeling_grok1",
+    "modeling_grok1.cli": "modeling_grok1/cli",
+    "modeling_grok1.configuration": "configuration",
+    "modeling_grok1.conversion": "conversion",
+    "modeling_grok1.model_card": "model_card",
+}
+
+# The lower ends are the versions that the tests run with (constraints.txt pins them exactly). Transformers is held to one
+# minor release: the hub files rest on its loading internals and check the version themselves.
+REQUIREMENTS = [
+    "torch>=2.13,<2.14",
+    "transformers>=5.23,<5.24",
+    "safetensors>=0.8,<0.9",
+    "sentencepiece>=0.2.1,<0.3",
+    "tokenizers>=0.23,<0.24",
+    "bitsandbytes>=0.50,<0.51; platform_system != 'Darwin'",
+    "accelerate>=1.15,<2",
+    "huggingface_hub>=2.4,<3",
+    "numpy>=2,<3",
+    "typer>=0.20,<1",
+    "rich>=14,<16",
+]
+
+EXTRAS = {
+    "peft": ["peft>=0.21,<0.22"],
+    "plot": ["matplotlib>=3.10,<4"],
+    "serve": ["transformers[serving]>=5.23,<5.24"],
+    "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.150,<7", "peft>=0.21,<0.22", "matplotlib>=3.10,<4"],
+    "check": ["ruff==0.17.5", "mypy==2.4.1"],
+}
+
+setup(
+    name="modeling-grok1",
+    version="0.1.0",
+    description="xAI's Grok-1 (314B mixture of experts) for Hugging Face Transformers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={
+        "modeling_grok1": ["py.typed", "demo/*", "demo/ckpt-0/*"],
+        "modeling_grok1.configuration": ["*.json", "*.tsv"],
+        "modeling_grok1.model_card": ["*.md", "LICENSE"],
+    },
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["grok1 = modeling_grok1.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
