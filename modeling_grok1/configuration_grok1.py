@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 TESTED_TRANSFORMERS = "5.23"
@@ -16,8 +17,8 @@ TESTED_TRANSFORMERS = "5.23"
 if ".".join(version("transformers").split(".")[:2]) != TESTED_TRANSFORMERS:
     raise ImportError(
         f"Grok-1's code rests on the loading internals of transformers {TESTED_TRANSFORMERS} and found "
-        f'transformers {version("transformers")}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, or take a '
-        "release of modeling-grok1 that names your version."
+        f'transformers {version("transformers")}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, or take '
+        "a release of modeling-grok1 that names your version."
     )
 
 # Where the classes lie in a folder on the hub, for `trust_remote_code=True`.
@@ -37,17 +38,22 @@ FIXED = {
     "load_presharded_moe": (False, "the experts of a checkpoint are whole"),
 }
 
+# They belong below `rope_parameters`; older files have them at the top level.
+ROPE_KEYS = ("rope_theta", "rope_type")
+
 
 def raises_value_errors(config_class):
-    """`@strict` raises errors of its own kind; a user of this package gets a ValueError for every refusal."""
+    """`@strict` and the rope checks raise other kinds; a user of this package gets a ValueError for every refusal."""
 
     def translate(method):
         @wraps(method)
         def wrapper(self, *args, **kwargs):
             try:
                 return method(self, *args, **kwargs)
-            except StrictDataclassError as error:
-                raise ValueError(f"{config_class.__name__}: {error}") from error
+            except (StrictDataclassError, KeyError) as error:
+                cause = error.__cause__ or error
+                prefix = "" if config_class.__name__ in str(cause) else f"{config_class.__name__}: "
+                raise ValueError(f"{prefix}{cause}") from error
 
         return wrapper
 
@@ -60,8 +66,8 @@ def raises_value_errors(config_class):
 @strict
 class GrokConfig(PreTrainedConfig):
     r"""
-    Configuration of a Grok-1 model. `GrokConfig()` is the released checkpoint: 314B parameters, 64 layers, 8 experts of
-    which every token visits 2.
+    Configuration of a Grok-1 model. `GrokConfig()` is the released checkpoint: 314B parameters, 64 layers, 8 experts
+    of which every token visits 2.
 
     Four fields have a second spelling in other engines' configs: `num_local_experts` (`num_experts`), `max_attn_value`
     (`attn_logit_softcapping`), `moe_intermediate_size` (`intermediate_size`) and `logit_scale`
@@ -124,10 +130,11 @@ class GrokConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+    # The final norm is freed too: kept, it would share a group with the bfloat16 head, and a group has one dtype.
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "layers.*": "free_full_weight",
-        "norm": "keep_full_weight",
+        "norm": "free_full_weight",
     }
 
     vocab_size: int = 131072
@@ -163,8 +170,9 @@ class GrokConfig(PreTrainedConfig):
 
     def __new__(cls, *args, **kwargs):
         # The one place that sees which spellings the caller gave, before the attribute map folds them together.
-        given = {**kwargs, "rope_parameters.rope_theta": (kwargs.get("rope_parameters") or {}).get("rope_theta")}
-        pairs = [*cls.attribute_map.items(), ("rope_theta", "rope_parameters.rope_theta")]
+        rope = kwargs.get("rope_parameters") or {}
+        given = {**kwargs, **{f"rope_parameters.{key}": rope.get(key) for key in ROPE_KEYS}}
+        pairs = [*cls.attribute_map.items(), *((key, f"rope_parameters.{key}") for key in ROPE_KEYS)]
         problems = [
             f"`{field}` is {given[field]} and `{twin}` is {given[twin]}"
             for twin, field in pairs
@@ -179,6 +187,9 @@ class GrokConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        rope_type = kwargs.pop("rope_type", None)
+        if rope_type is not None:
+            self.rope_parameters = {"rope_type": rope_type, **(self.rope_parameters or {})}
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = ["Grok1ForCausalLM"]
@@ -191,8 +202,9 @@ class GrokConfig(PreTrainedConfig):
             if getattr(self, key) != expected
         ]
         for key in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok"),
+            *("max_position_embeddings", "rms_norm_eps"),
             *("attn_logit_softcapping", "attn_output_multiplier"),
             *("embedding_multiplier_scale", "output_multiplier_scale"),
         ):
@@ -212,8 +224,39 @@ class GrokConfig(PreTrainedConfig):
                     f"`num_experts_per_tok`: expected at most `num_experts` ({self.num_experts}), "
                     f"found {self.num_experts_per_tok}"
                 )
+        rope = self.rope_parameters
+        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+            problems.append(
+                f"`rope_parameters.rope_type`: expected one of {['default', *ROPE_INIT_FUNCTIONS]}, "
+                f"found {rope['rope_type']!r}"
+            )
+        if not rope["rope_theta"] > 0:
+            problems.append(f"`rope_parameters.rope_theta`: expected a positive number, found {rope['rope_theta']!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            problems.append(
+                "`rope_parameters.partial_rotary_factor`: expected 1.0 (xAI rotates whole heads), "
+                f"found {rope['partial_rotary_factor']!r}"
+            )
         if problems:
             raise ValueError(f"{type(self).__name__} cannot be a Grok-1: " + "; ".join(problems) + ".")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in Transformers, but overrides replace the file's value in every spelling before anything is validated."""
+        keys = (*cls.__annotations__, *cls.attribute_map, *ROPE_KEYS)
+        overrides = {key: kwargs.pop(key) for key in keys if key in kwargs}
+        rope = {key: overrides[key] for key in ROPE_KEYS if key in overrides}
+        config_dict = dict(config_dict)
+        for twin, field in cls.attribute_map.items():
+            if twin in overrides or field in overrides:
+                config_dict.pop(twin, None)
+                config_dict.pop(field, None)
+        if rope or "rope_parameters" in overrides:
+            for key in ROPE_KEYS:
+                config_dict.pop(key, None)
+        if rope and "rope_parameters" not in overrides:
+            overrides["rope_parameters"] = {**(config_dict.get("rope_parameters") or {}), **rope}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that config.json holds: every spelling of every key, and the hub's code map."""

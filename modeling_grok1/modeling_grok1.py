@@ -29,7 +29,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -60,10 +66,17 @@ FUSED, LINEAR = "fused", "linear"
 LINEAR_MODEL_TYPE = f"{GrokConfig.model_type}-linear"
 
 
-class LoadOnlyRenaming(WeightRenaming):
-    """Reads the names of another repository; saving writes our own."""
+class LoadOnlyRenaming(PrefixChange):
+    """Reads the names of another repository; saving writes our own.
+
+    A `PrefixChange` is what Transformers calls a renaming that only old checkpoints need; unlike that one it is never
+    reversed.
+    """
 
     __slots__ = ()
+
+    def __init__(self, source_patterns: str, target_patterns: str):
+        WeightRenaming.__init__(self, source_patterns, target_patterns)
 
     def reverse_transform(self) -> WeightRenaming:
         return WeightRenaming(r"(?!)", "")
@@ -434,8 +447,11 @@ class Grok1PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Grok1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Regular expressions, searched in the whole name: unanchored, "gate" would hold `gate_up_proj` in float32 too.
-    _keep_in_fp32_modules_strict = [r"block_sparse_moe\.gate\.weight$", r"_norm\.weight$", r"(^|\.)norm\.weight$"]
+    # Regular expressions, searched in the whole name: "gate" alone would hold `gate_up_proj` in float32 too.
+    _keep_in_fp32_modules_strict = [
+        *(r"block_sparse_moe\.gate", "norm"),
+        *("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"),
+    ]
     _supports_flash_attn = True
     _supports_sdpa = False
     _supports_flex_attn = True
