@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test check test-slow clean
+.PHONY: help demo test check test-slow conformance clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -26,5 +26,9 @@ test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small fi
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
 
+conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
+	GROK1_CONFORMANCE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=-q -W ignore -rs tests/conformance
+
 clean:           ## remove build products and the environment
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache out
+	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out
