@@ -18,6 +18,7 @@ from modeling_grok1.modeling_grok1 import (
     Grok1Model,
     Grok1PreTrainedModel,
 )
+from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "Grok1ForQuestionAnswering",
     "Grok1ForSequenceClassification",
     "Grok1ForTokenClassification",
+    "Grok1Int8Config",
     "Grok1Model",
     "Grok1PreTrainedModel",
     "GrokConfig",

@@ -224,14 +224,15 @@ class GrokConfig(PreTrainedConfig):
                     f"`num_experts_per_tok`: expected at most `num_experts` ({self.num_experts}), "
                     f"found {self.num_experts_per_tok}"
                 )
-        rope = self.rope_parameters
-        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+        rope = self.rope_parameters or {}
+        theta = rope.get("rope_theta")
+        if rope.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
             problems.append(
                 f"`rope_parameters.rope_type`: expected one of {['default', *ROPE_INIT_FUNCTIONS]}, "
-                f"found {rope['rope_type']!r}"
+                f"found {rope.get('rope_type')!r}"
             )
-        if not rope["rope_theta"] > 0:
-            problems.append(f"`rope_parameters.rope_theta`: expected a positive number, found {rope['rope_theta']!r}")
+        if not isinstance(theta, float | int) or theta <= 0:
+            problems.append(f"`rope_parameters.rope_theta`: expected a positive number, found {theta!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             problems.append(
                 "`rope_parameters.partial_rotary_factor`: expected 1.0 (xAI rotates whole heads), "
@@ -242,7 +243,7 @@ class GrokConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but overrides replace the file's value in every spelling before anything is validated."""
+        """As in Transformers, but overrides replace the file's values, in every spelling, before any validation."""
         keys = (*cls.__annotations__, *cls.attribute_map, *ROPE_KEYS)
         overrides = {key: kwargs.pop(key) for key in keys if key in kwargs}
         rope = {key: overrides[key] for key in ROPE_KEYS if key in overrides}

@@ -18,7 +18,10 @@ Letters:
 """
 
 from .configuration_grok1 import GrokConfig  # isort: skip  (first: it checks the version of transformers)
+from .quantization_grok1 import Grok1Int8Config  # noqa: F401  # isort: skip  (registers xAI's int8 with Transformers)
+from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -38,7 +41,7 @@ from transformers.core_model_loading import (
 )
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -64,6 +67,7 @@ FUSED, LINEAR = "fused", "linear"
 # Transformers picks the renaming by the config's model type: the instance's value tells the layouts apart, config.json
 # always says the class's.
 LINEAR_MODEL_TYPE = f"{GrokConfig.model_type}-linear"
+OFFLOADED_MODEL_TYPE = f"{GrokConfig.model_type}-offloaded"  # `experts_on`: no experts in the model at all
 
 
 class LoadOnlyRenaming(PrefixChange):
@@ -126,6 +130,7 @@ def register_weight_names() -> None:
     ]
     register_checkpoint_conversion_mapping(GrokConfig.model_type, aliases + fuse, overwrite=True)
     register_checkpoint_conversion_mapping(LINEAR_MODEL_TYPE, aliases, overwrite=True)
+    register_checkpoint_conversion_mapping(OFFLOADED_MODEL_TYPE, aliases, overwrite=True)
 
 
 register_weight_names()
@@ -378,9 +383,8 @@ class Grok1SparseMoeBlock(nn.Module):
     def __init__(self, config: GrokConfig):
         super().__init__()
         self.gate = Grok1TopKRouter(config)
-        self.experts = (
-            Grok1LinearExperts(config) if config.model_type == LINEAR_MODEL_TYPE else Grok1Experts(config)
-        )
+        layouts = {LINEAR_MODEL_TYPE: Grok1LinearExperts, OFFLOADED_MODEL_TYPE: Grok1OffloadedExperts}
+        self.experts = layouts.get(config.model_type, Grok1Experts)(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # N D
@@ -430,15 +434,18 @@ class Grok1PreTrainedModel(PreTrainedModel):
     What all Grok-1 models share.
 
     Args:
-        config (`GrokConfig`): validated again here, because overrides given to `from_pretrained` are set after its own
-            validation.
+        config (`GrokConfig`): validated again here, because fields can be set after its own validation.
         experts_layout (`"fused"` or `"linear"`, *optional*): how the experts lie in memory. Fused (two 3-D parameters
             a layer) is the default; linear (an `nn.Linear` a matrix) is chosen by itself where bitsandbytes quantises.
             The files on disk are the same.
+        experts_on (`"cpu"` or `"disk"`, *optional*): keep the experts, 99 % of the weights, in host memory or in the
+            checkpoint's own files, and bring those that the router chooses to the device, where everything else is.
+        expert_cache (`int` or `str`, *optional*): bytes of recently used experts that stay on the device with
+            `experts_on`, such as `"40GB"` or `"40GiB"`; none by default.
 
     Raises:
-        ValueError: the config is not a Grok-1's, the layout is unknown, or tensor or expert parallelism is asked of
-            linear experts.
+        ValueError: the config is not a Grok-1's, an option is unknown or contradicts another, or tensor or expert
+            parallelism is asked of linear experts.
     """
 
     config_class = GrokConfig
@@ -463,7 +470,13 @@ class Grok1PreTrainedModel(PreTrainedModel):
         "attentions": Grok1Attention,
     }
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
+    def __init__(
+        self,
+        config: GrokConfig,
+        experts_layout: str | None = None,
+        experts_on: str | None = None,
+        expert_cache: int | str | None = None,
+    ):
         config.validate()
         if experts_layout not in (None, FUSED, LINEAR):
             raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
@@ -474,9 +487,21 @@ class Grok1PreTrainedModel(PreTrainedModel):
             method = getattr(quantization, "quant_method", None)
         if experts_layout is None and str(getattr(method, "value", method)) == "bitsandbytes":
             experts_layout = LINEAR
-        config.model_type = LINEAR_MODEL_TYPE if experts_layout == LINEAR else type(config).model_type
+        model_type = LINEAR_MODEL_TYPE if experts_layout == LINEAR else type(config).model_type
+        cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
+        if experts_on is not None:
+            experts_layout, model_type = LINEAR, OFFLOADED_MODEL_TYPE
+        if config.model_type != model_type:
+            config = copy.copy(config)  # the caller's may serve models of the other layout
+            config.model_type = model_type
         super().__init__(config)
         self.experts_layout = experts_layout or FUSED
+        self.experts_on, self.expert_cache = experts_on, cache_bytes
+        if experts_on is not None:
+            self._keys_to_ignore_on_load_unexpected = [
+                *(self._keys_to_ignore_on_load_unexpected or []),
+                r"block_sparse_moe\.experts\.",
+            ]
         if self.experts_layout == LINEAR:
             distributed = getattr(config, "distributed_config", None)
             if distributed is not None and max(distributed.tp_size or 1, distributed.ep_size or 1) > 1:
@@ -485,6 +510,30 @@ class Grok1PreTrainedModel(PreTrainedModel):
                     "`experts_layout` out), or `device_map` to spread linear experts over devices."
                 )
             self._can_compile_fullgraph = False  # which experts run is known only after the router
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # The one place that knows the files of the checkpoint and the names in them. Adapters come here too, with the
+        # keys that they expect.
+        if model.experts_on is not None and expected_keys is None:
+            model.expert_store = ExpertStore.open(
+                model.config, checkpoint_files, load_config.weight_mapping, model.experts_on, model.expert_cache
+            )
+            for layer_idx, layer in enumerate(model.base_model.layers):
+                layer.block_sparse_moe.experts.store = model.expert_store
+                layer.block_sparse_moe.experts.layer_idx = layer_idx
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers. Raises ValueError with `experts_on`: the experts are not in the model."""
+        if self.experts_on is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"`experts_on={self.experts_on!r}` left the experts in {self.name_or_path!r}, so this model is not "
+                "whole and cannot be saved: copy that folder, or load it without `experts_on` and save."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -508,8 +557,9 @@ class Grok1Model(Grok1PreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
-        super().__init__(config, experts_layout)
+    def __init__(self, config: GrokConfig, **options):
+        super().__init__(config, **options)
+        config = self.config
         self.vocab_size = config.vocab_size
         self.embed_tokens = Grok1Embedding(config.vocab_size, config.hidden_size, config.embedding_multiplier_scale)
         self.layers = nn.ModuleList(Grok1DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -574,9 +624,9 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
-        super().__init__(config, experts_layout)
-        self.model = Grok1Model(config, self.experts_layout)
+    def __init__(self, config: GrokConfig, **options):
+        super().__init__(config, **options)
+        self.model = Grok1Model(self.config, **options)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.output_multiplier = rounded_by_dtype(config.output_multiplier_scale)
@@ -641,6 +691,20 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here the device map is final and no weight is read yet.
+        head, embedding = next(iter(Grok1ForCausalLM._tied_weights_keys.items()))
+        devices = expand_device_map(load_config.device_map, [head, embedding])
+        if model.config.tie_word_embeddings and devices[head] != devices[embedding]:
+            raise ValueError(
+                f"`device_map` puts `{embedding}` on {devices[embedding]!r} and `{head}` on {devices[head]!r}, but they "
+                "are one tensor (`tie_word_embeddings`): give both the same device."
+            )
+        return Grok1PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
     @contextmanager
     def _optimize_model_for_decode(self):
         # Transformers would switch to `batched_mm`, which copies the chosen experts for every token: 2.4 GB a token
@@ -665,10 +729,10 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
 class Grok1ForSequenceClassification(GenericForSequenceClassification, Grok1PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
-        Grok1PreTrainedModel.__init__(self, config, experts_layout)
+    def __init__(self, config: GrokConfig, **options):
+        Grok1PreTrainedModel.__init__(self, config, **options)
         self.num_labels = config.num_labels
-        self.model = Grok1Model(config, self.experts_layout)
+        self.model = Grok1Model(self.config, **options)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -676,10 +740,10 @@ class Grok1ForSequenceClassification(GenericForSequenceClassification, Grok1PreT
 class Grok1ForTokenClassification(GenericForTokenClassification, Grok1PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
-        Grok1PreTrainedModel.__init__(self, config, experts_layout)
+    def __init__(self, config: GrokConfig, **options):
+        Grok1PreTrainedModel.__init__(self, config, **options)
         self.num_labels = config.num_labels
-        self.model = Grok1Model(config, self.experts_layout)
+        self.model = Grok1Model(self.config, **options)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -688,9 +752,9 @@ class Grok1ForTokenClassification(GenericForTokenClassification, Grok1PreTrained
 class Grok1ForQuestionAnswering(GenericForQuestionAnswering, Grok1PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
-    def __init__(self, config: GrokConfig, experts_layout: str | None = None):
-        Grok1PreTrainedModel.__init__(self, config, experts_layout)
-        self.model = Grok1Model(config, self.experts_layout)
+    def __init__(self, config: GrokConfig, **options):
+        Grok1PreTrainedModel.__init__(self, config, **options)
+        self.model = Grok1Model(self.config, **options)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 

@@ -1,16 +1,22 @@
-"""Lets pytest run in an untouched checkout, and hands out the two kinds of data that tests need."""
+"""Lets pytest run in an untouched checkout, and hands out the data that tests need."""
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import modeling_grok1  # noqa: E402
+from modeling_grok1 import GrokConfig  # noqa: E402
 
 
 if str(ROOT) not in modeling_grok1.__path__:
@@ -32,3 +38,73 @@ def assets() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs xAI's small files: set GROK1_ASSETS to the folder that holds tokenizer.model")
     return Path(folder)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What xAI's own code computes with a golden checkpoint.
+
+    Args:
+        tokens: (3, 32), rows 1 and 2 padded with token 0 on the right, which xAI masks.
+        logits: (3, 32, V), float32, at the padded positions too.
+        prompt: (1, 12).
+        greedy: (20,), decoded after the prompt with xAI's cache.
+        greedy_logits: (20, V), from which the greedy tokens were taken.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    prompt: torch.Tensor
+    greedy: torch.Tensor
+    greedy_logits: torch.Tensor
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        return (self.tokens != 0).long()
+
+
+@pytest.fixture(scope="session")
+def reference(golden: Path) -> Callable[[str, str], Reference]:
+    """reference("tiny-8", "fp32"): the reference of a golden checkpoint, computed in float32 or bfloat16 ("bf16")."""
+
+    @cache
+    def load(name: str, precision: str) -> Reference:
+        (file,) = (golden / name).glob(f"ref_{precision}_*.npz")
+        arrays = np.load(file)
+        ids = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("tokens", "prompt", "greedy")}
+        logits = {key: torch.from_numpy(arrays[key].astype(np.float32)) for key in ("logits", "greedy_logits")}
+        return Reference(**ids, **logits)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """converted("tiny-8", "float32"): the folder that `grok1 convert` writes of a golden checkpoint."""
+
+    @cache
+    def folder(name: str, dtype: str) -> Path:
+        from modeling_grok1.conversion.convert import convert
+
+        out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
+        convert(golden / name, out, dtype=dtype, no_tokenizer=True)
+        return out
+
+    return folder
+
+
+@pytest.fixture
+def small_config() -> GrokConfig:
+    """A Grok-1 of two small layers, for tests that need no trained or golden weights."""
+    return GrokConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        attn_output_multiplier=8**-0.5,
+        embedding_multiplier_scale=32**0.5,
+    )

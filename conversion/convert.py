@@ -1,0 +1,631 @@
+"""xAI's checkpoint to a folder for the hub: bounded memory, restartable, byte for byte reproducible.
+
+    plan      what is there, what will be written, every problem at once; nothing is touched
+    write     shard after shard: read slabs of a source file, dequantise and turn blocks on all cores, write in place
+    finish    config, code, tokenizer, index, card; the index comes last of what a loader needs
+
+A shard is written under a temporary name and gets its own when its bytes are on the disk. So a run that was killed is
+continued by the same command, and the folder is the same as if it had not been.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.conversion.errors import CheckpointError, ConversionError
+from modeling_grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX, claimed, output_problems, sync_folder
+from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, Slab, as_bytes, slabs
+from modeling_grok1.conversion.names import (
+    DTYPES,
+    ITEMSIZE,
+    LAYOUTS,
+    GrokSizes,
+    checkpoint_entries,
+    hub_tensors,
+)
+from modeling_grok1.conversion.shards import INDEX_NAME, Shard, index_text, parse_size, plan_shards
+from modeling_grok1.conversion.xai_checkpoint import (
+    TensorFile,
+    examine_folder,
+    list_files,
+    read_tensor_file,
+    resolve_folder,
+)
+
+
+TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_HELP = (
+    "Fetch it from https://github.com/xai-org/grok-1/raw/main/tokenizer.model, put it beside the checkpoint or name "
+    "it with --tokenizer; --no-tokenizer goes on without."
+)
+
+# Slabs in memory at once: one is worked on while the next one is read.
+LIVE_SLABS = 2
+# Temporaries of all workers together. An element of a block needs up to 12 bytes: its float32 product, the rounded
+# product and the turned copy.
+WORK_BYTES = 192 * 2**20
+BYTES_PER_ELEMENT = 12
+
+# Code, tokenizer, card: a generous bound.
+COMPANION_BYTES = 32 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+class Source(Protocol):
+    """Where the files of a checkpoint come from."""
+
+    def scale_blocks(self) -> dict[int, int]:
+        """Row blocks with a scale of their own, by index, for each quantised file."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from another one, as JSON values, by file."""
+
+    def schedule(self, indices: Sequence[int]) -> None:
+        """Announces the files that will be opened, in order. A file may be opened again until it is released."""
+
+    def open(self, index: int) -> TensorFile:
+        """The file, ready to be read; may take its time."""
+
+    def release(self, index: int) -> None:
+        """No unfinished shard needs this file any more."""
+
+
+class Sink:
+    """What happens to finished files: nothing, in a local conversion."""
+
+    def has(self, shard: Shard, out: Path) -> bool:
+        """Whether the shard was finished by an earlier run: it has its final name, its size and its header."""
+        path = out / shard.name
+        if not path.is_file() or path.stat().st_size != shard.nbytes:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(shard.header)) == shard.header
+
+    def shard_finished(self, path: Path) -> None:
+        """Called once for each shard, when it lies on the disk under its final name."""
+
+    def folder_finished(self, out: Path) -> None:
+        """Called last, when everything else is there."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A checkpoint on this machine."""
+
+    files: dict[int, TensorFile]
+
+    def scale_blocks(self) -> dict[int, int]:
+        return {index: file.scales.shape[-2] for index, file in self.files.items() if file.scales is not None}
+
+    def identity(self) -> dict[str, Any]:
+        return {file.path.name: [file.size, file.mtime_ns] for file in self.files.values()}
+
+    def schedule(self, indices: Sequence[int]) -> None:
+        pass
+
+    def open(self, index: int) -> TensorFile:
+        self.files[index].check_unchanged()
+        return self.files[index]
+
+    def release(self, index: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that was checked and can begin.
+
+    Args:
+        out: the folder to be written.
+        dtype, layout, max_shard_size: as asked for, the size in bytes.
+        config: as it will be written.
+        tokenizer: tokenizer.model, or None to go without.
+        shards: every file of weights, complete with header and offsets.
+        finished: names of the shards that an earlier run left.
+        record: what the journal says.
+    """
+
+    out: Path
+    dtype: str
+    layout: str
+    max_shard_size: int
+    config: GrokConfig
+    tokenizer: Path | None
+    shards: list[Shard]
+    finished: frozenset[str]
+    record: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def finished_bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards if shard.name in self.finished)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Free disk that the rest of the conversion needs."""
+        return self.nbytes - self.finished_bytes + COMPANION_BYTES
+
+
+def convert(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    layout: str = "hub",
+    config: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    no_tokenizer: bool = False,
+    max_shard_size: int | str = "5GB",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Converts xAI's checkpoint in `src` to a folder `out` that Transformers loads and the hub takes.
+
+    Run again with the same arguments after an interruption, it goes on with the first shard that is not finished.
+
+    Args:
+        src: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/.
+        out: a folder that does not exist, is empty, or holds an unfinished conversion of the same source and settings.
+        dtype: "bfloat16", "float32", or "int8" (keeps xAI's values and scales). Norms and routers are float32 always.
+        layout: "hub" (one tensor an expert), "fused" (one an expert matrix of a layer), "hpcai" or "keyfan".
+        config: a config.json; by default the one in `src` or its parent, or the release's if the sizes fit.
+        tokenizer: a tokenizer.model; by default the one in `src` or its parent.
+        no_tokenizer: go without a tokenizer.
+        max_shard_size: bytes of tensors in a shard, or "5GB", "4GiB"; a larger tensor has a shard of its own.
+        jobs: worker threads; by default one a core.
+        progress: called with (bytes written, bytes in all) after each block, from any thread.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        CheckpointError: the source is not, or not wholly, a checkpoint of these sizes; it lists every problem.
+        ConversionError: anything else that was refused, with all problems; or the run could not be finished, in which
+            case finished shards stay and the same call continues.
+    """
+    plan, source = plan_folder(
+        src,
+        out,
+        dtype=dtype,
+        layout=layout,
+        config=config,
+        tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
+        max_shard_size=max_shard_size,
+    )
+    run(plan, source, jobs=jobs, progress=progress)
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def plan_folder(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    layout: str = "hub",
+    config: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    no_tokenizer: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> tuple[Plan, FolderSource]:
+    """Checks everything that `convert` (see there) needs, before anything is touched.
+
+    Raises:
+        CheckpointError, ConversionError: with all problems at once.
+    """
+    src, out = Path(src), Path(out)
+    problems = setting_problems(dtype, layout, max_shard_size)
+    try:
+        folder = resolve_folder(src)
+        grok_config = resolve_config(src, folder, config)
+    except ConversionError as error:
+        raise type(error)(error.summary, error.problems + problems, error.next_step) from None
+    model_path, tokenizer_problems = resolve_tokenizer(src, folder, tokenizer, no_tokenizer, grok_config.vocab_size)
+    problems += tokenizer_problems
+    files, source_problems = examine_folder(folder, checkpoint_entries(grok_config))
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        problems.append(f"{out}: expected a folder outside the checkpoint, found one in {folder}")
+    source = FolderSource(files)
+    if not problems and not source_problems:
+        plan, problems = make_plan(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size))
+        if not problems:
+            return plan, source
+    elif out.is_dir() and any(out.iterdir()) and not (out / JOURNAL_NAME).exists():
+        problems += output_problems(out, {})
+    if source_problems:
+        next_step = "Fetch damaged or missing files again. If many shapes are wrong, the config is: see --config."
+        raise CheckpointError(f"{src}: cannot be converted", source_problems + problems, next_step)
+    raise ConversionError(f"{src}: cannot be converted to {out}", problems)
+
+
+def setting_problems(dtype: str, layout: str, max_shard_size: int | str) -> list[str]:
+    """What is wrong with the settings of a conversion, one line each."""
+    problems = []
+    if dtype not in DTYPES:
+        problems.append(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if layout not in LAYOUTS:
+        problems.append(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if dtype == "int8" and layout in ("hpcai", "keyfan"):
+        problems.append(f"layout: expected hub or fused with dtype int8 (no other reader knows it), found {layout!r}")
+    try:
+        parse_size(max_shard_size)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def resolve_config(src: Path, folder: Path, given: str | os.PathLike[str] | None = None) -> GrokConfig:
+    """The config of a checkpoint: `given`, else config.json in `src` or its parent, else the release's if it fits.
+
+    Raises:
+        ConversionError: the file is not a Grok-1's config, or there is none and the checkpoint is not the release.
+    """
+    candidates = [Path(given)] if given else _beside(src, folder, "config.json")
+    for path in candidates:
+        if given or path.is_file():
+            return _read_config(path)
+    release = GrokConfig()
+    embedding = folder / "tensor00000_000"
+    expected = (release.vocab_size, release.hidden_size)
+    found = f"no {embedding.name}"
+    if embedding.exists():
+        found = f"{read_tensor_file(embedding).weight.shape}"
+        if found == str(expected):
+            return release
+    raise ConversionError(
+        f"{src}: no config.json, and not the released checkpoint",
+        [
+            f"config.json: expected one of {', '.join(map(str, candidates))}, found none",
+            f"embedding: expected {expected} as in the release, found {found} among {len(list_files(folder))} files",
+        ],
+        "Name the sizes of this checkpoint with --config FILE.",
+    )
+
+
+def _beside(src: Path, folder: Path, name: str) -> list[Path]:
+    """Where a companion of the checkpoint is looked for, in order."""
+    return list(dict.fromkeys(place / name for place in (src, folder, src.absolute().parent)))
+
+
+def _read_config(path: Path) -> GrokConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+        model_type = values.get("model_type", GrokConfig.model_type)
+        if model_type != GrokConfig.model_type:
+            raise ValueError(f"model_type: expected {GrokConfig.model_type!r}, found {model_type!r}")
+        for key in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
+            values.pop(key, None)
+        return GrokConfig(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConversionError(f"{path}: not the config of a Grok-1", [f"{path.name}: {error}"]) from None
+
+
+def resolve_tokenizer(
+    src: Path, folder: Path, given: str | os.PathLike[str] | None, without: bool, vocab_size: int
+) -> tuple[Path | None, list[str]]:
+    """tokenizer.model: `given`, else the one in `src` or its parent; and what is wrong with it, one line each."""
+    if without:
+        return None, [] if given is None else ["tokenizer: expected a file or none at all, found both asked for"]
+    candidates = [Path(given)] if given else _beside(src, folder, TOKENIZER_NAME)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        where = ", ".join(map(str, candidates))
+        return None, [f"{TOKENIZER_NAME}: expected {where}, found none. {TOKENIZER_HELP}"]
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
+    except (RuntimeError, OSError) as error:
+        return None, [f"{path}: expected a SentencePiece model, found {error}"]
+    if pieces > vocab_size:
+        return None, [f"{path}: expected at most {vocab_size} pieces (vocab_size of the model), found {pieces}"]
+    return path, []
+
+
+def make_plan(
+    source: Source,
+    out: Path,
+    config: GrokConfig,
+    tokenizer: Path | None,
+    dtype: str,
+    layout: str,
+    max_shard_size: int,
+    sink: Sink | None = None,
+) -> tuple[Plan, list[str]]:
+    """The plan for a source that is whole, and what is wrong with the place it goes to, one line each."""
+    sink = sink or Sink()
+    blocks = source.scale_blocks()
+    problems = _fused_scale_problems(config, blocks) if (dtype, layout) == ("int8", "fused") else []
+    shards = plan_shards(hub_tensors(config, layout, dtype, blocks).values(), max_shard_size)
+    written = written_config(config, dtype, max(blocks.values()))
+    record = {
+        "settings": {
+            "dtype": dtype,
+            "layout": layout,
+            "max_shard_size": max_shard_size,
+            "config": json.loads(written.to_json_string(use_diff=False)),
+            "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+            "version": version("modeling-grok1"),
+        },
+        "source": source.identity(),
+    }
+    problems += output_problems(out, record)
+    finished = frozenset(shard.name for shard in shards if not problems and sink.has(shard, out))
+    plan = Plan(out, dtype, layout, max_shard_size, written, tokenizer, shards, finished, record)
+    free = free_bytes(out, shards)
+    if free < plan.needed_bytes:
+        problems.append(
+            f"{out}: expected {plan.needed_bytes:,} free bytes on the disk, found {free:,} "
+            f"({plan.needed_bytes - free:,} too few)"
+        )
+    return plan, problems
+
+
+def _fused_scale_problems(config: GrokSizes, blocks: dict[int, int]) -> list[str]:
+    """gate_up_proj_scale is one tensor: gate and up must have the same number of row blocks."""
+    by_place = {(entry.layer, entry.kind.name): blocks.get(entry.index) for entry in checkpoint_entries(config)}
+    return [
+        f"layer {layer}: expected as many scale blocks in gate as in up for dtype int8 in layout fused, found "
+        f"{by_place[layer, 'moe_gate']} and {by_place[layer, 'moe_up']}"
+        for layer in range(config.num_hidden_layers)
+        if by_place[layer, "moe_gate"] != by_place[layer, "moe_up"]
+    ]
+
+
+def written_config(config: GrokConfig, dtype: str, scale_blocks: int) -> GrokConfig:
+    """The config as the folder has it: the dtype that was written, and how int8 weights are read."""
+    written = copy.deepcopy(config)
+    written.architectures = ["Grok1ForCausalLM"]
+    written.dtype = "bfloat16" if dtype == "int8" else dtype
+    if dtype == "int8":
+        written.quantization_config = {"quant_method": "grok1_int8", "scale_blocks": scale_blocks}
+    return written
+
+
+def free_bytes(out: Path, shards: Sequence[Shard] = ()) -> int:
+    """Free bytes where `out` is or will be, counting half-written shards, which are begun again."""
+    place = out
+    while not place.exists():
+        place = place.absolute().parent
+    partial = [place / f"{shard.name}{PARTIAL_SUFFIX}" for shard in shards] if place == out else []
+    return shutil.disk_usage(place).free + sum(path.stat().st_blocks * 512 for path in partial if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Write
+
+
+def run(
+    plan: Plan,
+    source: Source,
+    *,
+    sink: Sink | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Carries out a plan.
+
+    Raises:
+        CheckpointError: a source file changed or cannot be read any more.
+        ConversionError: the output cannot be written, or another process is writing it.
+        KeyboardInterrupt: passed on. After any of these, running the same plan again continues.
+    """
+    sink = sink or Sink()
+    try:
+        with claimed(plan.out, plan.record), _single_threaded_operators():
+            # Another run may have worked there between the plan and the lock.
+            finished = frozenset(shard.name for shard in plan.shards if sink.has(shard, plan.out))
+            plan = dataclasses.replace(plan, finished=finished)
+            for shard in plan.shards:
+                (plan.out / f"{shard.name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+            with _Writer(plan, source, sink, jobs or available_cores(), progress) as writer:
+                writer.write()
+            write_companions(plan)
+            sink.folder_finished(plan.out)
+    except OSError as error:
+        raise _unwritable(plan.out, error) from error
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _single_threaded_operators() -> Iterator[None]:
+    """The workers are the threads: torch must not start more inside each operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _unwritable(out: Path, error: OSError) -> ConversionError:
+    again = "Finished shards are kept: run the same command again to continue."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConversionError(f"{out}: the disk is full", [str(error)], f"Make room. {again}")
+    return ConversionError(f"{out}: cannot be written", [str(error)], again)
+
+
+class _Writer:
+    """Writes the shards of a plan that are not finished: one at a time, its blocks on all workers.
+
+    While a shard's last bytes go to the disk, the next one is begun.
+    """
+
+    def __init__(self, plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | None):
+        self.plan, self.source, self.sink = plan, source, sink
+        self.workers = ThreadPoolExecutor(jobs, "grok1-convert")
+        self.finisher = ThreadPoolExecutor(1, "grok1-finish")
+        self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
+        self.progress, self.progress_lock = progress, threading.Lock()
+        self.done, self.total = plan.finished_bytes, plan.nbytes
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.shutdown(cancel_futures=True)
+        self.finisher.shutdown()
+
+    def write(self) -> None:
+        remaining = [shard for shard in self.plan.shards if shard.name not in self.plan.finished]
+        needed = [
+            list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
+            for shard in remaining
+        ]
+        self.source.schedule(list(dict.fromkeys(index for indices in needed for index in indices)))
+        self.advance(0)
+        finishing: Future[None] | None = None
+        for position, shard in enumerate(remaining):
+            later = {index for indices in needed[position + 1 :] for index in indices}
+            path = self.plan.out / f"{shard.name}{PARTIAL_SUFFIX}"
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                files = {index: self.source.open(index) for index in needed[position]}
+                self.fill(descriptor, shard, files)
+                if finishing is not None:
+                    finishing.result()
+            except BaseException:
+                self.workers.shutdown(cancel_futures=True)
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                raise
+            finishing = self.finisher.submit(self.finish, descriptor, shard, files, set(files) - later)
+        if finishing is not None:
+            finishing.result()
+
+    def fill(self, descriptor: int, shard: Shard, files: dict[int, TensorFile]) -> None:
+        """Writes the header and every tensor of a shard in place."""
+        write_at(descriptor, memoryview(shard.header), 0)
+        live: deque[list[Future[None]]] = deque()
+        for tensor in shard.tensors:
+            for part in tensor.parts:
+                base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
+                for slab in slabs(files[part.entry.index], part):
+                    live.append(
+                        [
+                            self.workers.submit(self.write_block, descriptor, slab, first, last, tensor.dtype, base)
+                            for first, last in slab.blocks(self.block_elements)
+                        ]
+                    )
+                    del slab
+                    while len(live) >= LIVE_SLABS:
+                        wait_for(live.popleft())
+        for blocks in live:
+            wait_for(blocks)
+
+    def write_block(self, descriptor: int, slab: Slab, first: int, last: int, dtype: str, base: int) -> None:
+        rows = as_bytes(slab.rows(first, last, dtype))
+        write_at(descriptor, rows, base + first * (len(rows) // (last - first)))
+        self.advance(len(rows))
+
+    def finish(self, descriptor: int, shard: Shard, files: dict[int, TensorFile], unneeded: set[int]) -> None:
+        """Gives a shard its final name when its bytes are on the disk and its sources are still what was read."""
+        path = self.plan.out / shard.name
+        partial = path.with_name(f"{shard.name}{PARTIAL_SUFFIX}")
+        try:
+            os.fsync(descriptor)
+            for file in files.values():
+                file.check_unchanged()
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+        sync_folder(self.plan.out)
+        self.sink.shard_finished(path)
+        for index in sorted(unneeded):
+            self.source.release(index)
+
+    def advance(self, count: int) -> None:
+        with self.progress_lock:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+def wait_for(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all bytes of `data` at a position of a file; safe from several threads."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finish
+
+
+def write_companions(plan: Plan) -> None:
+    """Everything that is not a shard. The index comes last of what a loader needs, the card last of all."""
+    staging = plan.out / f".companions{PARTIAL_SUFFIX}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    names = companion_files(staging, plan)
+    for name in names:
+        with (staging / name).open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staging / name, plan.out / name)
+    shutil.rmtree(staging)
+    sync_folder(plan.out)
+
+
+def companion_files(folder: Path, plan: Plan) -> list[str]:
+    """Writes config, generation config, code, tokenizer, LICENSE and index; returns their names, the index last."""
+    plan.config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=plan.config.bos_token_id,
+        eos_token_id=plan.config.eos_token_id,
+        pad_token_id=plan.config.pad_token_id,
+    ).save_pretrained(folder)
+    for file in resources.files("modeling_grok1").iterdir():
+        if file.name.endswith("_grok1.py"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    license_text = resources.files("modeling_grok1.model_card").joinpath("LICENSE")
+    (folder / "LICENSE").write_bytes(license_text.read_bytes())
+    if plan.tokenizer is not None:
+        from modeling_grok1.conversion.tokenizer import convert_tokenizer
+
+        convert_tokenizer(plan.tokenizer, folder, plan.config.vocab_size)
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / INDEX_NAME).write_text(index_text(plan.shards), encoding="utf-8")
+    return [*names, INDEX_NAME]

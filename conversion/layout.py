@@ -1,0 +1,187 @@
+"""The operations between xAI's arrays and the hub's tensors, and their inverses.
+
+xAI stores a matrix (K, N) = (in, out), int8 with bfloat16 scales (G, N): scale row g covers the contiguous input rows
+[g * K/G, (g+1) * K/G). The hub's tensors are (out, in). Everything here is exact or rounds once: the product of an
+int8 and a bfloat16 has at most 16 significant bits, so float32 holds it, and bfloat16 is that product rounded to
+nearest even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from modeling_grok1.conversion.errors import CheckpointError
+from modeling_grok1.conversion.names import Part
+from modeling_grok1.conversion.xai_checkpoint import RawArray, TensorFile
+
+
+TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+# One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
+SLAB_BYTES = 200 * 2**20
+# Elements that are worked on at once: the temporaries of a block stay in the caches and below malloc's mmap threshold.
+BLOCK_ELEMENTS = 2**21
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A numpy array of the reader as a tensor that shares its memory; the bits of bfloat16 come as uint16."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32(weight) * float32(scale): int8 (..., K, N) and bfloat16 (..., G, N) to float32 (..., K, N), exact."""
+    *lead, rows, columns = weight.shape
+    groups = scales.shape[-2]
+    product = weight.to(torch.float32).reshape(*lead, groups, rows // groups, columns)
+    return product.mul_(scales.to(torch.float32).unsqueeze(-2)).reshape(weight.shape)
+
+
+def quantise(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lossy inverse of `dequantise`: symmetric, one scale max|w|/127 for each column of each block of rows.
+
+    The scale is rounded up to bfloat16, so that no value is clipped and the error is at most half a step; a block of
+    zeros has scale 0.
+
+    Args:
+        weight: float32 (..., K, N), finite.
+        groups: G, divides K.
+
+    Returns:
+        int8 (..., K, N) and bfloat16 (..., G, N).
+    """
+    *lead, rows, columns = weight.shape
+    blocks = weight.reshape(*lead, groups, rows // groups, columns)
+    exact = blocks.abs().amax(dim=-2) / 127
+    scales = exact.to(torch.bfloat16)
+    too_small = scales.to(torch.float32) < exact
+    scales = torch.where(too_small, (scales.view(torch.int16) + 1).view(torch.bfloat16), scales)
+    steps = scales.to(torch.float32).unsqueeze(-2)
+    values = torch.where(steps > 0, blocks / steps, 0.0).round_()
+    return values.to(torch.int8).reshape(weight.shape), scales
+
+
+def transpose(matrix: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of the transpose of a matrix: (in, out) to (out, in) and back."""
+    # torch transposes a contiguous matrix of two-byte elements in cache tiles, and one of single bytes one by one,
+    # eight times slower.
+    if matrix.dtype == torch.int8:
+        return matrix.to(torch.int16).T.contiguous().to(torch.int8)
+    return matrix.contiguous().T.contiguous()
+
+
+def hub_rows(weight: torch.Tensor, scales: torch.Tensor | None, dtype: str, transposed: bool) -> torch.Tensor:
+    """A piece of an array as the hub holds it.
+
+    Args:
+        weight: (K, n) as stored; n columns of a matrix that is transposed, or any rows of one that is not.
+        scales: (G, n) bfloat16 if the weight is to be dequantised.
+        dtype: "float32", "bfloat16" or "int8" of the result.
+        transposed: whether the result is (n, K).
+    """
+    if scales is not None:
+        weight = dequantise(weight, scales)
+    weight = weight.to(TORCH_DTYPE[dtype])
+    return transpose(weight) if transposed else weight
+
+
+def part_array(file: TensorFile, part: Part) -> RawArray:
+    """The array of the file that a part comes from.
+
+    Raises:
+        CheckpointError: the part asks for scales and the file has none.
+    """
+    if part.field == "weight":
+        return file.weight
+    if file.scales is None:
+        raise CheckpointError(f"{file.path}: expected scales, found none")
+    return file.scales
+
+
+def part_shape(file: TensorFile, part: Part) -> tuple[int, int]:
+    """(rows, columns) of a part in the output; a vector is one row."""
+    shape = part_array(file, part).shape
+    if len(shape) == 1:
+        return (1, shape[0])
+    return (shape[-1], shape[-2]) if part.entry.kind.transposed else (shape[-2], shape[-1])
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The output rows [start, stop) of a part, in memory as xAI stores them.
+
+    weight: (K, stop - start), or (stop - start, N) where the kind is not transposed. scales: (G, stop - start), or
+    None.
+    """
+
+    part: Part
+    start: int
+    stop: int
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+
+    def blocks(self, block_elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+        """Ranges of output rows of at most so many elements each (at least one row)."""
+        columns = self.weight.numel() // (self.stop - self.start)
+        step = max(1, block_elements // columns)
+        for first in range(self.start, self.stop, step):
+            yield first, min(first + step, self.stop)
+
+    def rows(self, first: int, last: int, dtype: str) -> torch.Tensor:
+        """Output rows [first, last) in `dtype`, a fresh contiguous tensor or a view of this slab."""
+        piece = slice(first - self.start, last - self.start)
+        transposed = self.part.entry.kind.transposed
+        if not transposed:
+            return hub_rows(self.weight[piece], None, dtype, False)
+        scales = self.scales[:, piece] if self.scales is not None and dtype != "int8" else None
+        return hub_rows(self.weight[:, piece], scales, dtype, True)
+
+
+def slabs(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> Iterator[Slab]:
+    """Reads a part in pieces of at most `slab_bytes` (at least one output row), in order of the output rows.
+
+    A matrix that is transposed on the way is read in bands of columns, each from contiguous blocks of rows.
+
+    Raises:
+        CheckpointError: the file got shorter or cannot be read any more.
+    """
+    array = part_array(file, part)
+    rows, columns = part_shape(file, part)
+    step = max(1, slab_bytes // (columns * array.nbytes // _numel(array)))
+    for start in range(0, rows, step):
+        yield _read_slab(file, part, array, start, min(start + step, rows), slab_bytes)
+
+
+def _read_slab(file: TensorFile, part: Part, array: RawArray, start: int, stop: int, slab_bytes: int) -> Slab:
+    lead = () if part.expert is None else (part.expert,)
+    if len(array.shape) == 1:
+        return Slab(part, 0, 1, as_tensor(array.read()[None], array.dtype), None)
+    if not part.entry.kind.transposed:
+        return Slab(part, start, stop, as_tensor(array.read_rows(lead, start, stop), array.dtype), None)
+    inputs, outputs = array.shape[-2:]
+    if (start, stop) == (0, outputs):
+        weight = array.read_rows(lead, 0, inputs)
+    else:
+        weight = np.empty((inputs, stop - start), dtype=array.read_rows(lead, 0, 0).dtype)
+        step = max(1, slab_bytes // 8 // (array.nbytes // _numel(array) * outputs))
+        for first in range(0, inputs, step):
+            last = min(first + step, inputs)
+            weight[first:last] = array.read_rows(lead, first, last)[:, start:stop]
+    scales = None
+    if part.field == "weight" and file.scales is not None:
+        scales = as_tensor(file.scales.read_rows(lead, 0, file.scales.shape[-2])[:, start:stop], "bfloat16")
+    return Slab(part, start, stop, as_tensor(weight, array.dtype), scales)
+
+
+def _numel(array: RawArray) -> int:
+    return int(np.prod(array.shape, dtype=np.int64))

@@ -1,0 +1,304 @@
+"""THE table: every kind of tensor of Grok-1, by its name in xAI's checkpoint and in each layout of the hub.
+
+Shapes are spelled in the symbols of the config:
+
+    V vocab_size   D hidden_size   F intermediate_size   E num_experts
+    Q num_attention_heads * head_dim   KV num_key_value_heads * head_dim
+
+xAI stores a matrix (in, out), torch stores it (out, in): `transposed` rows are turned on the way. Read from left to
+right the table says what the converter writes; read from right to left it says what `grok1 export-xai` writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
+DTYPES = ("bfloat16", "float32", "int8")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+class GrokSizes(Protocol):
+    """What the table needs of a config; GrokConfig has all of it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row: a kind of tensor.
+
+    Args:
+        name: the kind, as it is called in messages and tables.
+        path: xAI's parameter path, below `transformer/decoder_layer_N/` for the kinds of a block.
+        shape: as xAI stores it, in the symbols above.
+        transposed: whether the last two axes are swapped in every hub layout.
+        scale_blocks: row blocks that have a scale of their own in the release; 0 where the tensor is not quantised.
+        hub, hpcai, keyfan: names in the layouts; `{e}` is the expert.
+        fused: name in the fused layout where it differs from `hub`; kinds that share one are concatenated row-wise in
+            table order, for each expert.
+    """
+
+    name: str
+    path: str
+    shape: tuple[str, ...]
+    transposed: bool
+    scale_blocks: int
+    hub: str
+    hpcai: str
+    keyfan: str
+    fused: str = ""
+
+    @property
+    def quantised(self) -> bool:
+        return self.scale_blocks > 0
+
+
+# fmt: off
+TOP_KINDS = (
+    Kind("embedding", "language_model/in_out_embed/embeddings", ("V", "D"), False, 0,
+         "model.embed_tokens.weight", "model.embed_tokens.weight", "transformer.in_out_embed.weight"),
+    Kind("norm_final", "language_model/rms_norm/scale", ("D",), False, 0,
+         "model.norm.weight", "model.norm.scale", "transformer.rms_norm.weight"),
+)
+
+# The twelve tensors of a block, in the order of the checkpoint.
+BLOCK_KINDS = (
+    Kind("moe_gate", "moe/linear/w", ("E", "D", "F"), True, 1,
+         "block_sparse_moe.experts.{e}.w1.weight", "moe_block.experts.{e}.linear.weight", "moe.{e}.linear.weight",
+         "block_sparse_moe.experts.gate_up_proj"),
+    Kind("moe_down", "moe/linear_1/w", ("E", "F", "D"), True, 8,
+         "block_sparse_moe.experts.{e}.w2.weight", "moe_block.experts.{e}.linear_1.weight", "moe.{e}.linear_1.weight",
+         "block_sparse_moe.experts.down_proj"),
+    Kind("moe_up", "moe/linear_v/w", ("E", "D", "F"), True, 1,
+         "block_sparse_moe.experts.{e}.w3.weight", "moe_block.experts.{e}.linear_v.weight", "moe.{e}.linear_v.weight",
+         "block_sparse_moe.experts.gate_up_proj"),
+    Kind("attn_k", "multi_head_attention/key/w", ("D", "KV"), True, 1,
+         "self_attn.k_proj.weight", "attn.k_proj.weight", "multi_head_attention.key.weight"),
+    Kind("attn_o", "multi_head_attention/linear/w", ("Q", "D"), True, 8,
+         "self_attn.o_proj.weight", "attn.o_proj.weight", "multi_head_attention.linear.weight"),
+    Kind("attn_q", "multi_head_attention/query/w", ("D", "Q"), True, 1,
+         "self_attn.q_proj.weight", "attn.q_proj.weight", "multi_head_attention.query.weight"),
+    Kind("attn_v", "multi_head_attention/value/w", ("D", "KV"), True, 1,
+         "self_attn.v_proj.weight", "attn.v_proj.weight", "multi_head_attention.value.weight"),
+    Kind("norm_pre_attn", "rms_norm/scale", ("D",), False, 0,
+         "pre_attn_norm.weight", "pre_attn_norm.scale", "rms_norm.weight"),
+    Kind("norm_post_attn", "rms_norm_1/scale", ("D",), False, 0,
+         "post_attn_norm.weight", "post_attn_norm.scale", "rms_norm_1.weight"),
+    Kind("norm_pre_moe", "rms_norm_2/scale", ("D",), False, 0,
+         "pre_moe_norm.weight", "pre_moe_norm.scale", "rms_norm_2.weight"),
+    Kind("norm_post_moe", "rms_norm_3/scale", ("D",), False, 0,
+         "post_moe_norm.weight", "post_moe_norm.scale", "rms_norm_3.weight"),
+    Kind("router", "router/w", ("D", "E"), True, 0,
+         "block_sparse_moe.gate.weight", "moe_block.gate.weight", "router.weight"),
+)
+# fmt: on
+
+KINDS = {kind.name: kind for kind in (*TOP_KINDS, *BLOCK_KINDS)}
+HEAD_NAME = "lm_head.weight"
+LAYER_PREFIX = {
+    "hub": "model.layers.{n}.",
+    "fused": "model.layers.{n}.",
+    "hpcai": "model.layers.{n}.",
+    "keyfan": "transformer.decoder_layer.{n}.",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the checkpoint: `shape` and `dtype` are those of its weight, as stored."""
+
+    index: int
+    file: str
+    path: str
+    layer: int | None
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Literal["int8", "float32"]:
+        return "int8" if self.kind.quantised else "float32"
+
+    def scales_shape(self, blocks: int) -> tuple[int, ...]:
+        """The shape of the scales for so many row blocks: `blocks` in place of the input axis."""
+        return (*self.shape[:-2], blocks, self.shape[-1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix (or vector) of a source file, and the element of the output tensor at which it begins.
+
+    `field` says which array of the file it is: the weight, or the scales (of an int8 output). `expert` is the index on
+    the leading axis of an expert file, None elsewhere. Turned if the kind says so, a part is contiguous in the output.
+    """
+
+    entry: Entry
+    expert: int | None
+    field: Literal["weight", "scales"]
+    offset: int
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """One tensor of a converted folder, and the parts that it is made of, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+def xai_layer_order(num_layers: int) -> list[int]:
+    """The layers in the order of the checkpoint's files: lexicographic, 0, 1, 10, 11, ..., 19, 2, 20, ..."""
+    return sorted(range(num_layers), key=str)
+
+
+def checkpoint_entries(config: GrokSizes) -> list[Entry]:
+    """Every file of a checkpoint of these sizes, in the order of its index (the release: 770)."""
+    sizes = _sizes(config)
+    rows: list[tuple[int | None, Kind]] = [(None, kind) for kind in TOP_KINDS]
+    rows += [(layer, kind) for layer in xai_layer_order(config.num_hidden_layers) for kind in BLOCK_KINDS]
+    return [
+        Entry(
+            index=index,
+            file=f"tensor{index:05d}_000",
+            path=kind.path if layer is None else f"transformer/decoder_layer_{layer}/{kind.path}",
+            layer=layer,
+            kind=kind,
+            shape=tuple(sizes[symbol] for symbol in kind.shape),
+        )
+        for index, (layer, kind) in enumerate(rows)
+    ]
+
+
+def hub_tensors(
+    config: GrokSizes,
+    layout: str = "hub",
+    dtype: str = "bfloat16",
+    scale_blocks: Mapping[int, int] | None = None,
+) -> dict[str, HubTensor]:
+    """Every tensor of a converted folder by its name, in the order in which the shards hold them.
+
+    The order is the embedding, the layers 0, 1, 2, ... (names sorted inside a layer), the head, the final norm. The
+    final norm comes last because llama.cpp's converter merges the experts of a layer only when a later tensor that is
+    not an expert arrives, and drops them in silence otherwise.
+
+    Norms and routers are float32 in every precision. `int8` keeps the stored values, adds `X.weight_scale` (out, G) in
+    bfloat16 to each quantised weight (scale[o, g] covers the input columns [g * K/G, (g+1) * K/G)), keeps the
+    embedding float32 and writes no head: it is tied.
+
+    Args:
+        config: the sizes of the model.
+        layout: "hub", "fused", "hpcai" or "keyfan".
+        dtype: "bfloat16", "float32" or "int8".
+        scale_blocks: row blocks of each quantised file, by index, for int8; the release's numbers where it is None.
+    """
+    entries = checkpoint_entries(config)
+    blocks = {e.index: e.kind.scale_blocks for e in entries} if scale_blocks is None else scale_blocks
+    layers: dict[int, list[Entry]] = {layer: [] for layer in range(config.num_hidden_layers)}
+    for entry in entries[len(TOP_KINDS) :]:
+        assert entry.layer is not None
+        layers[entry.layer].append(entry)
+
+    embedding, norm = entries[: len(TOP_KINDS)]
+    tensors = _named(embedding, layout, dtype, blocks)
+    head = [HubTensor(HEAD_NAME, t.shape, t.dtype, t.parts) for t in tensors] if dtype != "int8" else []
+    for block in layers.values():
+        named = [tensor for entry in block for tensor in _named(entry, layout, dtype, blocks)]
+        tensors += sorted(_joined(named), key=lambda tensor: tensor.name)
+    tensors += head + _named(norm, layout, dtype, blocks)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def parts_by_entry(tensors: Iterable[HubTensor]) -> dict[int, list[tuple[HubTensor, Part]]]:
+    """The table read backwards: by file index, where its arrays lie in the folder (the head's copy left out)."""
+    found: dict[int, list[tuple[HubTensor, Part]]] = {}
+    for tensor in tensors:
+        if tensor.name != HEAD_NAME:
+            for part in tensor.parts:
+                found.setdefault(part.entry.index, []).append((tensor, part))
+    return found
+
+
+def _sizes(config: GrokSizes) -> dict[str, int]:
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "E": config.num_experts,
+        "Q": config.num_attention_heads * config.head_dim,
+        "KV": config.num_key_value_heads * config.head_dim,
+    }
+
+
+def _named(entry: Entry, layout: str, dtype: str, blocks: Mapping[int, int]) -> list[HubTensor]:
+    """The tensors of one file under their names; gate and up of the fused layout are still apart (see `_joined`)."""
+    kind = entry.kind
+    name = (kind.fused or kind.hub) if layout == "fused" else getattr(kind, layout)
+    if entry.layer is not None:
+        name = LAYER_PREFIX[layout].format(n=entry.layer) + name
+    if dtype == "int8":
+        tensors = _arrays(entry, name, "weight", entry.shape, entry.dtype, layout)
+        if kind.quantised:
+            scales_shape = entry.scales_shape(blocks[entry.index])
+            tensors += _arrays(entry, f"{name}_scale", "scales", scales_shape, "bfloat16", layout)
+        return tensors
+    keeps_float32 = not kind.quantised and kind.name != "embedding"
+    return _arrays(entry, name, "weight", entry.shape, "float32" if keeps_float32 else dtype, layout)
+
+
+def _arrays(
+    entry: Entry, name: str, field: Literal["weight", "scales"], shape: tuple[int, ...], dtype: str, layout: str
+) -> list[HubTensor]:
+    """One array of a file as a tensor, or as one tensor for each expert in the layouts that keep them apart."""
+    matrix = shape[-2:]
+    turned = matrix[::-1] if entry.kind.transposed else matrix
+    if entry.kind.shape[0] != "E":
+        return [HubTensor(name, turned, dtype, (Part(entry, None, field, 0),))]
+    experts = range(shape[0])
+    if layout == "fused":
+        parts = tuple(Part(entry, e, field, e * math.prod(matrix)) for e in experts)
+        return [HubTensor(name, (len(experts), *turned), dtype, parts)]
+    return [HubTensor(name.format(e=e), turned, dtype, (Part(entry, e, field, 0),)) for e in experts]
+
+
+def _joined(tensors: list[HubTensor]) -> list[HubTensor]:
+    """Tensors of the same name as one, row-wise for each expert: gate (E, F, D) and up (E, F, D) as (E, 2F, D)."""
+    by_name: dict[str, list[HubTensor]] = {}
+    for tensor in tensors:
+        by_name.setdefault(tensor.name, []).append(tensor)
+    joined = []
+    for name, same in by_name.items():
+        if len(same) == 1:
+            joined += same
+            continue
+        experts, _, columns = same[0].shape
+        shape = (experts, sum(tensor.shape[1] for tensor in same), columns)
+        parts = []
+        for e in range(experts):
+            offset = e * shape[1] * columns
+            for tensor in same:
+                part = tensor.parts[e]
+                parts.append(Part(part.entry, part.expert, part.field, offset))
+                offset += tensor.shape[1] * columns
+        joined.append(HubTensor(name, shape, same[0].dtype, tuple(parts)))
+    return joined

@@ -1,0 +1,339 @@
+"""The README.md of a converted folder: a template, filled with what the folder's own headers say.
+
+No weight is read, nothing is dated, and no sentence rests on where the folder came from: the same folder always gives
+the same card. What headers cannot tell (source checksums) is stated only where the caller hands it in as verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+
+from modeling_grok1.conversion.errors import ConversionError
+from modeling_grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
+from modeling_grok1.conversion.release import release_files, release_sizes
+from modeling_grok1.model_card.folder import HubFolder, StoredTensor, read_folder
+
+
+CARD_NAME = "README.md"
+# Tells a card from a README that somebody wrote by hand.
+MARK = "<!-- Written by `grok1 card` from the files of this folder. -->"
+PICTURE = "routing.png"
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+HEAD, SCALES = "Output head", "Scales of the int8 weights"
+# The kinds of conversion.names, as a reader of the card thinks of them.
+GROUPS = {
+    "Experts": ("moe_gate", "moe_up", "moe_down"),
+    "Attention": ("attn_q", "attn_k", "attn_v", "attn_o"),
+    "Router": ("router",),
+    "Norms": ("norm_final", "norm_pre_attn", "norm_post_attn", "norm_pre_moe", "norm_post_moe"),
+    "Embedding": ("embedding",),
+    HEAD: (HEAD_NAME,),
+    SCALES: ("scales",),
+}
+GIB = 1 << 30
+DEVICE = 80 * 10**9  # bytes; a tenth of it is left for activations and buffers
+# Bytes of a 4-bit weight in bitsandbytes: half a byte, and a float32 scale for each block of 64. (At 8 bit: one byte,
+# and a float32 scale for each output row.)
+NF4_BYTES = 0.5 + 4 / 64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one sort: how many, their dtypes, elements, and bytes on disk."""
+
+    name: str
+    tensors: int
+    dtypes: tuple[str, ...]
+    elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a precision takes in memory, in bytes: weights, and the cache of keys and values of one full context."""
+
+    precision: str
+    weights: int
+    cache: int
+
+    @property
+    def devices(self) -> int:
+        """Devices of 80 GB that hold both with a tenth of each left free."""
+        return -(-(self.weights + self.cache) * 10 // (DEVICE * 9))
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything that the card states, measured from headers. Counts of elements and bytes are exact.
+
+    Args:
+        parameters: elements of all weights; a tied head and the scales of int8 weights are not counted.
+        active_parameters: `parameters` less those of the experts that a token does not visit.
+        expert_share: percentage of `parameters` that are experts'.
+        precision: dtype of the expert weights.
+        layout: hub, fused, hpcai or keyfan (conversion.names).
+        is_release: whether the sizes are those of xAI's released model.
+        weight_bytes: bytes of all tensors; `shard_bytes` adds the headers.
+    """
+
+    sizes: dict[str, int]
+    parameters: int
+    active_parameters: int
+    expert_share: float
+    precision: str
+    layout: str
+    tied: bool
+    is_release: bool
+    groups: tuple[Group, ...]
+    shards: int
+    weight_bytes: int
+    shard_bytes: int
+    memory: tuple[Memory, ...]
+    transformers_version: str | None
+    tokenizer_pieces: int | None
+    has_code: bool
+    has_picture: bool
+
+
+def card_facts(folder: Path) -> CardFacts:
+    """Measure a converted folder.
+
+    Raises:
+        ConversionError: the folder is not whole, or is no Grok-1 in one of the layouts that the converter writes.
+    """
+    hub = read_folder(folder).require_sound()
+    sizes = _sizes(hub)
+    table = SimpleNamespace(**sizes)
+    layout, kind_of = _match(hub, table)
+
+    members: dict[str, list[StoredTensor]] = {}
+    for name, tensor in hub.tensors.items():
+        members.setdefault(kind_of[name], []).append(tensor)
+    groups = []
+    for title, kinds in GROUPS.items():
+        tensors = [tensor for kind in kinds for tensor in members.get(kind, ())]
+        if tensors:
+            dtypes = tuple(sorted({tensor.dtype for tensor in tensors}))
+            elements, nbytes = sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)
+            groups.append(Group(title, len(tensors), dtypes, elements, nbytes))
+
+    tied = bool(hub.config.get("tie_word_embeddings", True))
+    by_title = {group.name: group for group in groups}
+    uncounted = {SCALES, HEAD} if tied else {SCALES}
+    parameters = sum(group.elements for group in groups if group.name not in uncounted)
+    experts = by_title["Experts"].elements
+    idle = experts // sizes["num_experts"] * (sizes["num_experts"] - sizes["num_experts_per_tok"])
+    release = release_sizes()
+    return CardFacts(
+        sizes=sizes,
+        parameters=parameters,
+        active_parameters=parameters - idle,
+        expert_share=100 * experts / parameters,
+        precision=" and ".join(by_title["Experts"].dtypes),
+        layout=layout,
+        tied=tied,
+        is_release=all(getattr(release, key) == value for key, value in sizes.items()),
+        groups=tuple(groups),
+        shards=len(hub.shards),
+        weight_bytes=sum(tensor.nbytes for tensor in hub.tensors.values()),
+        shard_bytes=sum(hub.shards.values()),
+        memory=_memory(table, parameters, experts + by_title["Attention"].elements),
+        transformers_version=hub.config.get("transformers_version"),
+        tokenizer_pieces=_tokenizer_pieces(hub.path),
+        has_code=(hub.path / "modeling_grok1.py").is_file(),
+        has_picture=(hub.path / PICTURE).is_file(),
+    )
+
+
+def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) -> str:
+    """The card as text: YAML metadata, then Markdown.
+
+    Args:
+        facts: of the folder, from `card_facts`.
+        checksums: SHA-256 (lowercase hex) by name of every source file, only if the bytes that were converted were
+            checked against them; None says nothing about the source.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    title = "Grok-1" if facts.is_release else f"A {_count(facts.parameters)}-parameter model of Grok-1's architecture"
+    data = ModelCardData(
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model="xai-org/grok-1" if facts.is_release else None,
+        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *(["int8"] if facts.precision == "int8" else [])],
+    )
+    template = resources.files("modeling_grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        mark=MARK,
+        title=title,
+        facts=facts,
+        picture=PICTURE,
+        source=_source(checksums),
+        count=_count,
+        size=_size,
+        gib=GIB,
+    )
+    return str(card)
+
+
+def write_card(folder: Path, checksums: Mapping[str, str] | None = None) -> Path:
+    """Write the card of a converted folder to its README.md, whole or not at all; `checksums` as in `render_card`."""
+    target = Path(folder) / CARD_NAME
+    text = render_card(card_facts(folder), checksums)
+    temporary = target.with_name(f".{CARD_NAME}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+    return target
+
+
+def is_card(file: Path) -> bool:
+    """Whether a README is a card that `write_card` wrote, which may be replaced."""
+    return MARK in file.read_text(encoding="utf-8", errors="replace")
+
+
+def _sizes(hub: HubFolder) -> dict[str, int]:
+    twins = {"num_experts": "num_local_experts", "intermediate_size": "moe_intermediate_size"}
+    config = dict(hub.config)
+    for key, twin in twins.items():
+        config.setdefault(key, config.get(twin))
+    if config.get("head_dim") is None and config.get("num_attention_heads"):
+        config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
+    problems = [
+        f"config.json: `{key}`: expected a positive integer, found {config.get(key)!r}"
+        for key in SIZES
+        if not (isinstance(config.get(key), int) and config[key] > 0)
+    ]
+    if problems:
+        raise ConversionError(f"{hub.path} is not a Grok-1:", problems, "A converted folder has all of these.")
+    return {key: config[key] for key in SIZES}
+
+
+def _match(hub: HubFolder, table: SimpleNamespace) -> tuple[str, dict[str, str]]:
+    """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
+    blocks = _scale_blocks(hub, table)
+    found = {name: tensor for name, tensor in hub.tensors.items() if name != HEAD_NAME}
+    attempts: dict[str, list[str]] = {}
+    for layout in LAYOUTS:
+        expected = hub_tensors(table, layout, "bfloat16" if blocks is None else "int8", blocks)
+        expected.pop(HEAD_NAME, None)
+        wrong = [f"{name}: missing" for name in expected if name not in found]
+        wrong += [f"{name}: not a tensor of a Grok-1" for name in found if name not in expected]
+        wrong += [
+            f"{name}: expected shape {list(tensor.shape)}, found {list(found[name].shape)}"
+            for name, tensor in expected.items()
+            if name in found and tensor.shape != found[name].shape
+        ]
+        if not wrong:
+            kinds = {
+                name: "scales" if tensor.parts[0].field == "scales" else tensor.parts[0].entry.kind.name
+                for name, tensor in expected.items()
+            }
+            return layout, {**kinds, HEAD_NAME: HEAD_NAME}
+        attempts[layout] = wrong
+    nearest = min(attempts, key=lambda layout: len(attempts[layout]))
+    wrong = attempts[nearest]
+    raise ConversionError(
+        f"{hub.path}: its tensors are not those of a Grok-1 of the sizes in config.json ({nearest} layout):",
+        wrong[:20] + ([f"and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []),
+        "Cards are for folders written by `grok1 convert`, or by `save_pretrained` without bitsandbytes.",
+    )
+
+
+def _scale_blocks(hub: HubFolder, table: SimpleNamespace) -> dict[int, int] | None:
+    """Row blocks of each quantised file's scales, read from the shapes; None where the folder has no scales."""
+    last = {name: tensor.shape[-1] for name, tensor in hub.tensors.items() if name.endswith("_scale") and tensor.shape}
+    if not last:
+        return None
+    blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(table)}
+    for layout in LAYOUTS:
+        for name, tensor in hub_tensors(table, layout, "int8").items():
+            if name in last and tensor.parts[0].field == "scales":
+                blocks.update({part.entry.index: last[name] for part in tensor.parts})
+    return blocks
+
+
+def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Memory, ...]:
+    """By arithmetic on the sizes; `quantised` counts the elements of attention and experts."""
+    layers, kv = table.num_hidden_layers, table.num_key_value_heads * table.head_dim
+    # Norms and routers are float32 in every precision.
+    float32 = layers * (4 + table.num_experts) * table.hidden_size + table.hidden_size
+    others = 2 * (parameters - quantised - float32) + 4 * float32
+    outputs = (table.num_attention_heads * table.head_dim + 2 * kv + table.hidden_size) + table.num_experts * (
+        2 * table.intermediate_size + table.hidden_size
+    )
+    int8 = hub_tensors(table, "hub", "int8").values()
+    scales = sum(tensor.nbytes for tensor in int8 if tensor.parts[0].field == "scales")
+    cache = 2 * layers * kv * table.max_position_embeddings * 2
+    return (
+        Memory("float32", 4 * parameters, 2 * cache),
+        Memory("bfloat16", others + 2 * quantised, cache),
+        Memory("int8, xAI's own values", others + quantised + scales, cache),
+        Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache),
+        Memory("4 bit (nf4), bitsandbytes", others + int(quantised * NF4_BYTES), cache),
+    )
+
+
+def _tokenizer_pieces(path: Path) -> int | None:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        return len(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{file}: expected a tokenizer with `model.vocab`, found {type(error).__name__}: {error}.",
+            next_step="Write it again with `grok1 tokenizer TOKENIZER.MODEL FOLDER`.",
+        ) from error
+
+
+def _source(checksums: Mapping[str, str] | None) -> dict[str, object] | None:
+    """How many source files were verified, one digest over their list, and whether the list is the published one."""
+    if not checksums:
+        return None
+    import hashlib
+
+    listing = "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums))
+    published = {file.entry.file: file.sha256 for file in release_files()}
+    return {
+        "files": len(checksums),
+        "digest": hashlib.sha256(listing.encode()).hexdigest(),
+        "published": dict(checksums) == published,
+    }
+
+
+def _count(number: int) -> str:
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)
+
+
+def _size(nbytes: int) -> str:
+    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.1f} {unit}"
+    return f"{nbytes} bytes"

@@ -1,0 +1,273 @@
+"""From a converted folder to a repository on the hub: check everything, then send, the card last."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modeling_grok1.conversion.errors import ConversionError
+from modeling_grok1.model_card.folder import StoredTensor, read_folder
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# huggingface_hub keeps its upload and download notes here; it never sends them.
+CACHE = ".cache"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".marshal"}
+LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".swp", "~")
+HIDDEN = {".gitattributes", ".gitignore"}
+REQUIRED = ("config.json", "README.md", "LICENSE")
+BLOCK = 32 << 20
+# Run where the package cannot be found: what a stranger's machine does with the folder. Prints one line a problem.
+CLEAN_LOAD = """
+import sys
+sys.modules["modeling_grok1"] = None
+folder, tokenizer = sys.argv[1], sys.argv[2] == "True"
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+try:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    print("loaded", type(model).__name__)
+except Exception as error:
+    print(f"problem config.json and code: {type(error).__name__}: {error}".replace("\\n", " "))
+if tokenizer:
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        text = "def f(x):\\n    return x  # \\u2581 caf\\u00e9"
+        found = loaded.decode(loaded(text)["input_ids"])
+        if found != text:
+            print(f"problem tokenizer.json: expected {text!r} back, found {found!r}")
+        if len(loaded) > config.vocab_size:
+            print(f"problem tokenizer.json: {len(loaded)} pieces, the model has rows for {config.vocab_size}")
+    except Exception as error:
+        print(f"problem tokenizer: {type(error).__name__}: {error}".replace("\\n", " "))
+"""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file that will be sent: its path in the repository, and its bytes."""
+
+    path: str
+    nbytes: int
+    is_weight: bool
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """Every file that is content, sorted; huggingface_hub's `.cache` is not."""
+    return sorted(
+        file
+        for file in Path(folder).rglob("*")
+        if file.relative_to(folder).parts[0] != CACHE and (file.is_symlink() or not file.is_dir())
+    )
+
+
+def upload_plan(folder: Path) -> list[Upload]:
+    """What will be sent, in the order of the commits: weights, then all that makes them a model."""
+    uploads = [
+        Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix == ".safetensors")
+        for file in folder_files(folder)
+    ]
+    return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
+
+
+def check_folder(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+    """Everything that would make the folder useless or harmful on the hub, one line a problem; empty is fit to send.
+
+    Index against files and headers; no pickles, links, leftovers or hidden files; config, code and tokenizer in a
+    fresh process without this package; every number of every tensor read and finite (blocks of 32 MiB, a file a core).
+
+    Args:
+        folder: a converted folder.
+        advance: called with the bytes of each block of weights that was read.
+
+    Raises:
+        ConversionError: the folder holds no config.json or no weights.
+    """
+    folder = Path(folder)
+    hub = read_folder(folder)
+    problems = list(hub.problems)
+    problems += [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
+    for file in folder_files(folder):
+        problems += _file_problems(folder, file)
+    if any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
+        problems.append(
+            "configuration_grok1.py and modeling_grok1.py: expected beside config.json, for trust_remote_code"
+        )
+    elif not hub.problems:
+        problems += _clean_load(folder)
+    problems += _not_finite(folder, list(hub.tensors.values()), advance)
+    return problems
+
+
+def push_folder(
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, token: str | None = None
+) -> str:
+    """Send a folder to the hub; returns the address of its last commit.
+
+    The weights go first, in commits of their own; then, in one last commit, the index, config, code and card: a
+    repository that has a card is whole. After a break the same call goes on: what is there already is not sent again.
+    The folder is not checked here (`check_folder`).
+
+    Args:
+        folder: a converted folder.
+        repo_id: "USER/NAME".
+        private: make the repository private; one that exists and is public is refused.
+        revision: branch to push to, made if it is not there; the main branch where None.
+        token: of the hub; the saved one (`hf auth login`, HF_TOKEN) where None.
+
+    Raises:
+        ConversionError: no token, a public repository where a private one was asked for, or files that did not arrive.
+        huggingface_hub.errors.HfHubHTTPError: the hub refused, or gave up after its retries.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    folder = Path(folder)
+    token = token or get_token()
+    if token is None:
+        raise ConversionError(
+            "There is no token for the hub.",
+            next_step="Log in with `hf auth login`, or set HF_TOKEN; it needs write access.",
+        )
+    api = HfApi(token=token, library_name="modeling-grok1")
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ConversionError(
+            f"{repo_id}: expected a private repository, found a public one.",
+            next_step="Take another name, or make it private in its settings on the hub.",
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        allow_patterns=["*.safetensors"],
+        commit_message="Add the weights of Grok-1",
+    )
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        ignore_patterns=["*.safetensors", f"{CACHE}/*"],
+        commit_message="Add index, config, tokenizer, code and model card",
+    )
+    _check_arrived(api, folder, repo_id, revision)
+    return commit.commit_url
+
+
+def _check_arrived(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    found = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    problems = [
+        f"{upload.path}: expected {upload.nbytes:,} bytes, found {found.get(upload.path, 'nothing')}"
+        for upload in upload_plan(folder)
+        if found.get(upload.path) != upload.nbytes
+    ]
+    if problems:
+        raise ConversionError(
+            f"{repo_id} does not hold what was sent:", problems, "Push again: what is there is kept."
+        )
+
+
+def _file_problems(folder: Path, file: Path) -> Iterator[str]:
+    name = file.relative_to(folder).as_posix()
+    if file.is_symlink():
+        yield f"{name}: a link to {os.readlink(file)}; expected a file"
+        return
+    if not file.is_file():
+        yield f"{name}: neither a file nor a folder"
+        return
+    if any(part.startswith(".") and part not in HIDDEN for part in file.relative_to(folder).parts):
+        yield f"{name}: hidden; left over from a conversion, or not meant for the hub"
+    elif name.endswith(LEFTOVERS):
+        yield f"{name}: left over from a conversion that did not finish"
+    elif file.suffix == ".pyc":
+        yield f"{name}: compiled Python"
+    elif file.suffix in PICKLES or (file.suffix != ".safetensors" and _looks_pickled(file)):
+        yield f"{name}: a pickle, or an archive that may hold one, can run code when it is read"
+
+
+def _looks_pickled(file: Path) -> bool:
+    with file.open("rb") as stream:
+        head = stream.read(2)
+    return (head[:1] == b"\x80" and head[1:] in b"\x02\x03\x04\x05" and len(head) == 2) or head == b"PK"
+
+
+def _clean_load(folder: Path) -> list[str]:
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    with tempfile.TemporaryDirectory() as home:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
+        environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        result = subprocess.run(
+            [sys.executable, "-I", "-W", "ignore", "-c", CLEAN_LOAD, str(folder.resolve()), str(has_tokenizer)],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    lines = result.stdout.splitlines()
+    problems = [line.removeprefix("problem ") for line in lines if line.startswith("problem ")]
+    if not problems and "loaded Grok1ForCausalLM" not in lines:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        problems.append(f"config.json and code: expected a Grok1ForCausalLM in a clean process, found {last}")
+    return problems
+
+
+def _not_finite(folder: Path, tensors: list[StoredTensor], advance: Callable[[int], None]) -> list[str]:
+    by_file: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_file.setdefault(tensor.file, []).append(tensor)
+
+    def scan(name: str) -> list[str]:
+        found = []
+        with (folder / name).open("rb") as stream:
+            for tensor in sorted(by_file[name], key=lambda tensor: tensor.offset):
+                bad = unread = 0
+                stream.seek(tensor.offset)
+                for begin in range(0, tensor.nbytes, BLOCK):
+                    block = stream.read(min(BLOCK, tensor.nbytes - begin))
+                    unread += min(BLOCK, tensor.nbytes - begin) - len(block)
+                    bad += count_not_finite(block, tensor.dtype)
+                    advance(len(block))
+                if unread:
+                    found.append(
+                        f"{tensor.name} in {name}: expected {tensor.nbytes:,} bytes, {unread:,} are not there"
+                    )
+                if bad:
+                    found.append(f"{tensor.name} in {name}: {bad:,} of {tensor.numel:,} numbers are NaN or infinite")
+        return found
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return [problem for problems in pool.map(scan, sorted(by_file)) for problem in problems]
+
+
+def count_not_finite(data: bytes, dtype: str) -> int:
+    """NaN and infinite numbers among little-endian `data` of a dtype: those whose exponent bits are all set."""
+    if dtype not in EXPONENT:
+        return 0
+    unsigned, mask = EXPONENT[dtype]
+    width = np.dtype(unsigned).itemsize
+    bits = np.frombuffer(data[: len(data) // width * width], unsigned)
+    return int(np.count_nonzero((bits & mask) == mask))
+
+
+EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "float32": (np.uint32, 0x7F800000),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+}

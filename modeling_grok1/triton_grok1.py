@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
+"""
+The int8 matrix product of quantization_grok1.py as one Triton kernel: the weight is read as int8 and becomes a float
+in registers. Importing this file raises ImportError where Triton is not installed.
+
+Letters as in quantization_grok1.py: S rows in order of their expert, E experts, N outputs, K inputs, G scale blocks.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the int8 kernel needs Triton: `pip install triton`") from error
+
+import torch
+
+
+@triton.jit
+def int8_matmul_kernel(
+    x_ptr,  # S K
+    weight_ptr,  # E N K
+    scale_ptr,  # E N G
+    offsets_ptr,  # E, int32: rows of the experts 0..e
+    y_ptr,  # S N
+    N,  # noqa: N803
+    K,  # noqa: N803
+    E: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    BLOCK_S: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+):
+    # Which expert's rows this program multiplies: the tiles of an expert follow those of the experts before it.
+    tile = tl.program_id(0)
+    expert = tl.full((), -1, tl.int64)  # offsets into a weight pass 2^31 in the released model
+    first = 0
+    last = 0
+    start = 0
+    tiles = 0
+    for e in range(E):
+        end = tl.load(offsets_ptr + e)
+        own = tl.cdiv(end - start, BLOCK_S)
+        if (tile >= tiles) & (tile < tiles + own):
+            expert = tl.full((), e, tl.int64)
+            first = start + (tile - tiles) * BLOCK_S
+            last = end
+        tiles += own
+        start = end
+    if expert >= 0:
+        rows = first + tl.arange(0, BLOCK_S)
+        columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+        row_mask = rows < last
+        column_mask = columns < N
+        x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
+        weight_row = expert * N + columns
+        weight_rows = weight_ptr + weight_row[:, None] * K
+        scale_rows = scale_ptr + weight_row * (K // GROUP)
+        total = tl.zeros((BLOCK_S, BLOCK_N), dtype=tl.float32)
+        for group in range(K // GROUP):
+            scale = tl.load(scale_rows + group, mask=column_mask, other=0.0).to(tl.float32)
+            for offset in range(0, GROUP, BLOCK_K):
+                in_group = offset + inner < GROUP
+                k = group * GROUP + offset + inner
+                x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & in_group[None, :], other=0.0)
+                w = tl.load(weight_rows + k[None, :], mask=column_mask[:, None] & in_group[None, :], other=0)
+                w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
+                total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+        y = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(y, total.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+def int8_grouped_matmul(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """
+    The rows of each expert times the transpose of its matrix, float32 accumulation.
+
+    Args:
+        x: S K, bfloat16, float16 or float32; rows offsets[e-1] .. offsets[e]-1 belong to expert e.
+        weight: E N K, int8. scale: E N G, G divides K.
+        offsets: E, int32, on the same device; it is never read on the host.
+
+    Returns:
+        S N in the dtype of x; rows from offsets[-1] on are zero.
+    """
+    S, K = x.shape  # noqa: N806
+    E, N = weight.shape[:2]  # noqa: N806
+    x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
+    group = K // scale.shape[-1]
+    y = x.new_zeros(S, N)
+    # One narrow tile for a few rows: the kernel then reads each chosen expert once, at the speed of the memory.
+    few = S <= 16 * E
+    block_s, block_n, block_k = (16, 32, 256) if few else (64, 128, 64)
+    if x.dtype == torch.float32:
+        block_k //= 2
+    block_k = min(block_k, max(16, triton.next_power_of_2(group)))
+    # Every expert's rows begin a tile of their own: at most E tiles more than rows would fill.
+    tiles = min(S, triton.cdiv(S, block_s) + E - 1)
+    int8_matmul_kernel[(tiles, triton.cdiv(N, block_n))](
+        x,
+        weight,
+        scale,
+        offsets,
+        y,
+        N,
+        K,
+        E=E,
+        GROUP=group,
+        BLOCK_S=block_s,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+    )
+    return y
