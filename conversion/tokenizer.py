@@ -15,10 +15,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeling_grok1.conversion.errors import ConversionError
 
@@ -85,7 +85,8 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 
 def _parse_model(data: bytes) -> SentencePieceModel:
-    pieces, settings = [], {}
+    pieces: list[Piece] = []
+    settings: dict[str, Any] = {}
     # The field numbers of sentencepiece_model.proto.
     for number, value in _fields(data):
         if number == 1:
@@ -99,11 +100,11 @@ def _parse_model(data: bytes) -> SentencePieceModel:
             names = {2: "charsmap", 3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"}
             settings.update({names[key]: item for key, item in _fields(value) if key in names})
         elif number == 5:
-            settings.update({"denormalizer_charsmap": item for key, item in _fields(value) if key == 2})
+            settings["denormalizer_charsmap"] = dict(_fields(value)).get(2, b"")
     return SentencePieceModel(pieces, **settings)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, object]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protobuf message: number, and an int (varint) or the raw bytes (all other wire types)."""
     position = 0
     while position < len(message):
@@ -130,3 +131,152 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         shift += 7
         if byte < 0x80:
             return value, position
+
+
+def check_supported(model: SentencePieceModel, vocab_size: int | None) -> list[str]:
+    """Everything about a model file that the pipeline of this module would get wrong, one line a problem."""
+    problems = []
+    if model.model_type != 2:
+        kind = MODEL_TYPES.get(model.model_type, model.model_type)
+        problems.append(f"model type: expected bpe, found {kind}")
+    if vocab_size is not None and len(model.pieces) > vocab_size:
+        problems.append(f"pieces: expected at most the model's vocabulary of {vocab_size}, found {len(model.pieces)}")
+    missing_bytes = {f"<0x{byte:02X}>" for byte in range(256)} - set(model.texts(BYTE))
+    if not model.byte_fallback or missing_bytes:
+        found = f"{len(missing_bytes)} of 256 missing" if model.byte_fallback else "byte fallback off"
+        problems.append(f"byte pieces: expected byte fallback with all of <0x00> to <0xFF>, found {found}")
+    for role, i in SPECIAL_IDS.items():
+        expected = UNKNOWN if role == "unk_token" else CONTROL
+        if i >= len(model.pieces) or model.pieces[i].type != expected:
+            found = repr(model.pieces[i].text) if i < len(model.pieces) else "no piece"
+            problems.append(f"id {i}: expected the {role.replace('_', ' ')}, found {found}")
+    others = [
+        f"{i} ({piece.text!r})"
+        for i, piece in enumerate(model.pieces)
+        if piece.type in (CONTROL, UNKNOWN, UNUSED) and i not in SPECIAL_IDS.values()
+    ]
+    if others:
+        problems.append(f"control, unknown and unused pieces: expected ids 0 to 3 only, found {', '.join(others[:8])}")
+    options: list[tuple[str, object, object]] = [
+        ("normalization rules", "identity", "a character map" if model.charsmap else "identity"),
+        ("denormalization rules", "none", "a character map" if model.denormalizer_charsmap else "none"),
+        ("add_dummy_prefix", True, bool(model.add_dummy_prefix)),
+        ("remove_extra_whitespaces", False, bool(model.remove_extra_whitespaces)),
+        ("escape_whitespaces", True, bool(model.escape_whitespaces)),
+        ("treat_whitespace_as_suffix", False, bool(model.whitespace_as_suffix)),
+    ]
+    for what, expected, value in options:
+        if expected != value:
+            problems.append(f"{what}: expected {expected}, found {value}")
+    return problems
+
+
+def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a normal piece, in the order in which SentencePiece would join them.
+
+    SentencePiece keeps no merges: it joins the neighbours whose union has the best score, whatever the two parts.
+    """
+    mergeable = {piece.text for piece in model.pieces if piece.type == NORMAL}
+    by_score = sorted((piece for piece in model.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
+    return [
+        (piece.text[:cut], piece.text[cut:])
+        for piece in by_score
+        for cut in range(1, len(piece.text))
+        if piece.text[:cut] in mergeable and piece.text[cut:] in mergeable
+    ]
+
+
+def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
+    """The pipeline at the top of this module, for a model without problems.
+
+    Raises:
+        ConversionError: the vocabulary has normal pieces that the merges cannot make.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
+    unk_token = model.pieces[SPECIAL_IDS["unk_token"]].text
+    merges = bpe_merges(model)
+
+    # A segment that is itself a piece is taken whole (`ignore_merges`), for that is how user-defined pieces, which
+    # nothing merges to, get their ids. Two kinds of pieces must then not be met: normal ones that merging would not
+    # have made, and the spellings of special and byte pieces, which are plain text where they occur in text.
+    bpe = models.BPE(vocab, merges, unk_token=unk_token, byte_fallback=True, fuse_unk=False)
+    unreachable = [text for text in model.texts(NORMAL) if [token.value for token in bpe.tokenize(text)] != [text]]
+    if unreachable:
+        shown = ", ".join(map(repr, unreachable[:8]))
+        raise ConversionError(
+            f"The tokenizer has {len(unreachable)} normal pieces that no sequence of merges makes: {shown}."
+        )
+    # Spaces are "▁" by the time the pieces are looked for, in SentencePiece too: those with a space are never met.
+    user_defined = sorted((text for text in model.texts(USER_DEFINED) if " " not in text), key=len, reverse=True)
+    splits = ["|".join(map(re.escape, user_defined))] if user_defined else []
+    spellings = []
+    for text in model.texts(CONTROL, UNKNOWN, BYTE):
+        if not any(piece in text for piece in user_defined):
+            # Cut where the segmentation has a boundary anyway, so that the parts come out as they would have.
+            first = bpe.tokenize(text)[0].value if text[0] in vocab else text[0]
+            spellings.append(rf"\A{re.escape(first)}(?={re.escape(text[len(first) :])}\z)")
+    splits += ["|".join(spellings)] if spellings else []
+
+    bpe.ignore_merges = True
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(model.pieces[i].text, special=True, normalized=False) for i in SPECIAL_IDS.values()]
+    )
+    return tokenizer
+
+
+def convert_tokenizer(tokenizer_model: Path, out: Path, vocab_size: int | None = None) -> None:
+    """Write `tokenizer.model` (a copy), `tokenizer.json` and `tokenizer_config.json` into the folder `out`.
+
+    Args:
+        tokenizer_model: a SentencePiece BPE model with byte fallback, as xAI released it.
+        out: made where it does not exist; files of the three names are replaced.
+        vocab_size: rows of the model's embedding. A tokenizer with more pieces is refused.
+
+    Raises:
+        ConversionError: the file cannot be read or holds a tokenizer that these files could not reproduce id for id;
+            nothing is written then.
+    """
+    tokenizer_model, out = Path(tokenizer_model), Path(out)
+    model = read_sentencepiece(tokenizer_model)
+    problems = check_supported(model, vocab_size)
+    if problems:
+        raise ConversionError(
+            f"{tokenizer_model}: not a tokenizer of Grok-1's kind.",
+            problems,
+            "Give the tokenizer.model that was released with the checkpoint.",
+        )
+    config = {
+        "tokenizer_class": "TokenizersBackend",
+        "backend": "tokenizers",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        # Text that spells a special token is text, as it is for SentencePiece.
+        "split_special_tokens": True,
+        **{role: model.pieces[i].text for role, i in SPECIAL_IDS.items()},
+    }
+    files = {
+        "tokenizer.model": tokenizer_model.read_bytes(),
+        "tokenizer.json": build_tokenizer(model).to_str().encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        unfinished = out / f".{name}.unfinished"
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, out / name)

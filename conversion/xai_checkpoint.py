@@ -277,7 +277,7 @@ def examine_folder(folder: Path, entries: Iterable[Entry]) -> tuple[dict[int, Te
         elif entry.file not in foreign:
             try:
                 tensor = read_tensor_file(present[entry.file])
-                problems += _mismatches(entry, tensor)
+                problems += mismatches(entry, tensor)
             except CheckpointError as error:
                 problems += error.problems or [str(error)]
             else:
@@ -306,7 +306,8 @@ def read_folder(folder: Path, entries: Iterable[Entry]) -> dict[int, TensorFile]
     return tensors
 
 
-def _mismatches(entry: Entry, tensor: TensorFile) -> list[str]:
+def mismatches(entry: Entry, tensor: TensorFile) -> list[str]:
+    """What differs between a file and its entry: shape, dtype, scales that are NaN or infinite; one line each."""
     found = tensor.weight
     if (found.dtype, found.shape) != (entry.dtype, entry.shape):
         return [

@@ -99,7 +99,7 @@ def write_tensor_file(
     Args:
         path: the file's final name.
         frame: from `tensor_frame`.
-        weight: the weight in C order, in any number of contiguous pieces. One piece at a time is in memory.
+        weight: the weight in C order, in any number of pieces; each is written before the next one is asked for.
         scales: called once after the last piece; returns the scales as bfloat16 bits (uint16), C order.
 
     Raises:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 from modeling_grok1.conversion.errors import ConversionError
+from modeling_grok1.conversion.hub_folder import read_hub_folder
 from modeling_grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
 from modeling_grok1.conversion.release import release_files, release_sizes
-from modeling_grok1.model_card.folder import HubFolder, StoredTensor, read_folder
 
 
 CARD_NAME = "README.md"
@@ -52,6 +54,19 @@ DEVICE = 80 * 10**9  # bytes; a tenth of it is left for activations and buffers
 # Bytes of a 4-bit weight in bitsandbytes: half a byte, and a float32 scale for each block of 64. (At 8 bit: one byte,
 # and a float32 scale for each output row.)
 NF4_BYTES = 0.5 + 4 / 64
+
+
+class Tensor(Protocol):
+    """What the card needs of a tensor: dtype as torch spells it, shape, bytes on disk."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -112,29 +127,42 @@ class CardFacts:
     has_picture: bool
 
 
-def card_facts(folder: Path) -> CardFacts:
+def card_facts(
+    folder: Path, tensors: Mapping[str, Tensor] | None = None, shards: Sequence[int] | None = None
+) -> CardFacts:
     """Measure a converted folder.
+
+    Args:
+        folder: with config.json and, as a rule, the weights.
+        tensors: every tensor as it was written, by name, where the shards themselves were sent off already; read from
+            the headers of the folder's shards where None.
+        shards: bytes of each shard; given with `tensors`.
 
     Raises:
         ConversionError: the folder is not whole, or is no Grok-1 in one of the layouts that the converter writes.
     """
-    hub = read_folder(folder).require_sound()
-    sizes = _sizes(hub)
+    folder = Path(folder)
+    config = _config(folder)
+    sizes = _sizes(folder, config)
+    if tensors is None:
+        stored = read_hub_folder(folder)
+        tensors, shards = stored, [file.stat().st_size for file in {tensor.file for tensor in stored.values()}]
+    assert shards is not None
     table = SimpleNamespace(**sizes)
-    layout, kind_of = _match(hub, table)
+    layout, kind_of = _match(folder, table, tensors)
 
-    members: dict[str, list[StoredTensor]] = {}
-    for name, tensor in hub.tensors.items():
+    members: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
         members.setdefault(kind_of[name], []).append(tensor)
     groups = []
     for title, kinds in GROUPS.items():
-        tensors = [tensor for kind in kinds for tensor in members.get(kind, ())]
-        if tensors:
-            dtypes = tuple(sorted({tensor.dtype for tensor in tensors}))
-            elements, nbytes = sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)
-            groups.append(Group(title, len(tensors), dtypes, elements, nbytes))
+        group = [tensor for kind in kinds for tensor in members.get(kind, ())]
+        if group:
+            dtypes = tuple(sorted({tensor.dtype for tensor in group}))
+            elements, nbytes = sum(math.prod(t.shape) for t in group), sum(t.nbytes for t in group)
+            groups.append(Group(title, len(group), dtypes, elements, nbytes))
 
-    tied = bool(hub.config.get("tie_word_embeddings", True))
+    tied = bool(config.get("tie_word_embeddings", True))
     by_title = {group.name: group for group in groups}
     uncounted = {SCALES, HEAD} if tied else {SCALES}
     parameters = sum(group.elements for group in groups if group.name not in uncounted)
@@ -151,14 +179,14 @@ def card_facts(folder: Path) -> CardFacts:
         tied=tied,
         is_release=all(getattr(release, key) == value for key, value in sizes.items()),
         groups=tuple(groups),
-        shards=len(hub.shards),
-        weight_bytes=sum(tensor.nbytes for tensor in hub.tensors.values()),
-        shard_bytes=sum(hub.shards.values()),
+        shards=len(shards),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        shard_bytes=sum(shards),
         memory=_memory(table, parameters, experts + by_title["Attention"].elements),
-        transformers_version=hub.config.get("transformers_version"),
-        tokenizer_pieces=_tokenizer_pieces(hub.path),
-        has_code=(hub.path / "modeling_grok1.py").is_file(),
-        has_picture=(hub.path / PICTURE).is_file(),
+        transformers_version=config.get("transformers_version"),
+        tokenizer_pieces=_tokenizer_pieces(folder),
+        has_code=(folder / "modeling_grok1.py").is_file(),
+        has_picture=(folder / PICTURE).is_file(),
     )
 
 
@@ -197,10 +225,15 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
     return str(card)
 
 
-def write_card(folder: Path, checksums: Mapping[str, str] | None = None) -> Path:
-    """Write the card of a converted folder to its README.md, whole or not at all; `checksums` as in `render_card`."""
+def write_card(
+    folder: Path,
+    checksums: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    shards: Sequence[int] | None = None,
+) -> Path:
+    """Write the card to README.md, whole or not at all. Arguments as in `card_facts` and `render_card`."""
     target = Path(folder) / CARD_NAME
-    text = render_card(card_facts(folder), checksums)
+    text = render_card(card_facts(folder, tensors, shards), checksums)
     temporary = target.with_name(f".{CARD_NAME}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write(text)
@@ -215,10 +248,22 @@ def is_card(file: Path) -> bool:
     return MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
-def _sizes(hub: HubFolder) -> dict[str, int]:
-    twins = {"num_experts": "num_local_experts", "intermediate_size": "moe_intermediate_size"}
-    config = dict(hub.config)
-    for key, twin in twins.items():
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
+            next_step="Make one with `grok1 convert CKPT OUT`.",
+        ) from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}.")
+    return config
+
+
+def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, int]:
+    config = dict(config)
+    for key, twin in {"num_experts": "num_local_experts", "intermediate_size": "moe_intermediate_size"}.items():
         config.setdefault(key, config.get(twin))
     if config.get("head_dim") is None and config.get("num_attention_heads"):
         config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
@@ -228,14 +273,14 @@ def _sizes(hub: HubFolder) -> dict[str, int]:
         if not (isinstance(config.get(key), int) and config[key] > 0)
     ]
     if problems:
-        raise ConversionError(f"{hub.path} is not a Grok-1:", problems, "A converted folder has all of these.")
+        raise ConversionError(f"{folder} is not a Grok-1:", problems, "A converted folder has all of these.")
     return {key: config[key] for key in SIZES}
 
 
-def _match(hub: HubFolder, table: SimpleNamespace) -> tuple[str, dict[str, str]]:
+def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
     """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
-    blocks = _scale_blocks(hub, table)
-    found = {name: tensor for name, tensor in hub.tensors.items() if name != HEAD_NAME}
+    blocks = _scale_blocks(table, tensors)
+    found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
     attempts: dict[str, list[str]] = {}
     for layout in LAYOUTS:
         expected = hub_tensors(table, layout, "bfloat16" if blocks is None else "int8", blocks)
@@ -257,22 +302,22 @@ def _match(hub: HubFolder, table: SimpleNamespace) -> tuple[str, dict[str, str]]
     nearest = min(attempts, key=lambda layout: len(attempts[layout]))
     wrong = attempts[nearest]
     raise ConversionError(
-        f"{hub.path}: its tensors are not those of a Grok-1 of the sizes in config.json ({nearest} layout):",
+        f"{folder}: its tensors are not those of a Grok-1 of the sizes in config.json ({nearest} layout):",
         wrong[:20] + ([f"and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []),
         "Cards are for folders written by `grok1 convert`, or by `save_pretrained` without bitsandbytes.",
     )
 
 
-def _scale_blocks(hub: HubFolder, table: SimpleNamespace) -> dict[int, int] | None:
+def _scale_blocks(table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> dict[int, int] | None:
     """Row blocks of each quantised file's scales, read from the shapes; None where the folder has no scales."""
-    last = {name: tensor.shape[-1] for name, tensor in hub.tensors.items() if name.endswith("_scale") and tensor.shape}
+    last = {name: tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("_scale") and tensor.shape}
     if not last:
         return None
     blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(table)}
     for layout in LAYOUTS:
-        for name, tensor in hub_tensors(table, layout, "int8").items():
-            if name in last and tensor.parts[0].field == "scales":
-                blocks.update({part.entry.index: last[name] for part in tensor.parts})
+        for name, expected in hub_tensors(table, layout, "int8").items():
+            if name in last and expected.parts[0].field == "scales":
+                blocks.update({part.entry.index: last[name] for part in expected.parts})
     return blocks
 
 

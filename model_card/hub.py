@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,19 +11,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.model_card.folder import StoredTensor, read_folder
-
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from modeling_grok1.conversion.hub_folder import read_hub_folder
+from modeling_grok1.conversion.xai_checkpoint import RawArray
 
 # huggingface_hub keeps its upload and download notes here; it never sends them.
 CACHE = ".cache"
+WEIGHTS = "*.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".marshal"}
 LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".swp", "~")
 HIDDEN = {".gitattributes", ".gitignore"}
@@ -93,22 +91,26 @@ def check_folder(folder: Path, advance: Callable[[int], None] = lambda nbytes: N
         folder: a converted folder.
         advance: called with the bytes of each block of weights that was read.
 
-    Raises:
-        ConversionError: the folder holds no config.json or no weights.
     """
     folder = Path(folder)
-    hub = read_folder(folder)
-    problems = list(hub.problems)
-    problems += [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
+    tensors: dict[str, RawArray] = {}
+    problems = [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
+    try:
+        tensors = read_hub_folder(folder)
+    except ConversionError as error:
+        problems += error.problems or [error.summary]
+    else:
+        shards = {tensor.file for tensor in tensors.values()}
+        problems += [f"{file.name}: in no index" for file in folder.glob("*.safetensors") if file not in shards]
     for file in folder_files(folder):
         problems += _file_problems(folder, file)
     if any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
         problems.append(
             "configuration_grok1.py and modeling_grok1.py: expected beside config.json, for trust_remote_code"
         )
-    elif not hub.problems:
+    elif (folder / "config.json").is_file():
         problems += _clean_load(folder)
-    problems += _not_finite(folder, list(hub.tensors.values()), advance)
+    problems += _not_finite(tensors, advance)
     return problems
 
 
@@ -129,10 +131,12 @@ def push_folder(
         token: of the hub; the saved one (`hf auth login`, HF_TOKEN) where None.
 
     Raises:
-        ConversionError: no token, a public repository where a private one was asked for, or files that did not arrive.
-        huggingface_hub.errors.HfHubHTTPError: the hub refused, or gave up after its retries.
+        ConversionError: no token, a public repository where a private one was asked for, files that did not arrive, or
+            a hub that refused, broke down or could not be reached (huggingface_hub's error is the cause).
     """
     from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.hf_api import RepoFile
 
     folder = Path(folder)
     token = token or get_token()
@@ -142,46 +146,39 @@ def push_folder(
             next_step="Log in with `hf auth login`, or set HF_TOKEN; it needs write access.",
         )
     api = HfApi(token=token, library_name="modeling-grok1")
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ConversionError(
+                f"{repo_id}: expected a private repository, found a public one.",
+                next_step="Take another name, or make it private in its settings on the hub.",
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        for message, patterns in (
+            ("Add the weights of Grok-1", {"allow_patterns": [WEIGHTS]}),
+            ("Add index, config, tokenizer, code and model card", {"ignore_patterns": [WEIGHTS, f"{CACHE}/*"]}),
+        ):
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, **patterns
+            )
+        found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+        sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
+    except (HTTPError, RuntimeError) as error:
         raise ConversionError(
-            f"{repo_id}: expected a private repository, found a public one.",
-            next_step="Take another name, or make it private in its settings on the hub.",
-        )
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        allow_patterns=["*.safetensors"],
-        commit_message="Add the weights of Grok-1",
-    )
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        ignore_patterns=["*.safetensors", f"{CACHE}/*"],
-        commit_message="Add index, config, tokenizer, code and model card",
-    )
-    _check_arrived(api, folder, repo_id, revision)
-    return commit.commit_url
-
-
-def _check_arrived(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
-    from huggingface_hub.hf_api import RepoFile
-
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    found = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+            f"The upload to {repo_id} broke off: {error.__cause__ or error}",
+            next_step="Run the same command again: what has arrived is not sent again.",
+        ) from error
     problems = [
-        f"{upload.path}: expected {upload.nbytes:,} bytes, found {found.get(upload.path, 'nothing')}"
+        f"{upload.path}: expected {upload.nbytes:,} bytes, found {sizes.get(upload.path, 'none')}"
         for upload in upload_plan(folder)
-        if found.get(upload.path) != upload.nbytes
+        if sizes.get(upload.path) != upload.nbytes
     ]
     if problems:
         raise ConversionError(
             f"{repo_id} does not hold what was sent:", problems, "Push again: what is there is kept."
         )
+    return commit.commit_url
 
 
 def _file_problems(folder: Path, file: Path) -> Iterator[str]:
@@ -228,28 +225,28 @@ def _clean_load(folder: Path) -> list[str]:
     return problems
 
 
-def _not_finite(folder: Path, tensors: list[StoredTensor], advance: Callable[[int], None]) -> list[str]:
-    by_file: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors:
-        by_file.setdefault(tensor.file, []).append(tensor)
+def _not_finite(tensors: dict[str, RawArray], advance: Callable[[int], None]) -> list[str]:
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.file, []).append(name)
 
-    def scan(name: str) -> list[str]:
+    def scan(file: Path) -> list[str]:
         found = []
-        with (folder / name).open("rb") as stream:
-            for tensor in sorted(by_file[name], key=lambda tensor: tensor.offset):
-                bad = unread = 0
+        with file.open("rb") as stream:
+            for name in sorted(by_file[file], key=lambda name: tensors[name].offset):
+                tensor = tensors[name]
+                bad = missing = 0
                 stream.seek(tensor.offset)
                 for begin in range(0, tensor.nbytes, BLOCK):
-                    block = stream.read(min(BLOCK, tensor.nbytes - begin))
-                    unread += min(BLOCK, tensor.nbytes - begin) - len(block)
+                    wanted = min(BLOCK, tensor.nbytes - begin)
+                    block = stream.read(wanted)
+                    missing += wanted - len(block)
                     bad += count_not_finite(block, tensor.dtype)
                     advance(len(block))
-                if unread:
-                    found.append(
-                        f"{tensor.name} in {name}: expected {tensor.nbytes:,} bytes, {unread:,} are not there"
-                    )
+                if missing:
+                    found.append(f"{name} in {file.name}: {missing:,} of {tensor.nbytes:,} bytes cannot be read")
                 if bad:
-                    found.append(f"{tensor.name} in {name}: {bad:,} of {tensor.numel:,} numbers are NaN or infinite")
+                    found.append(f"{name} in {file.name}: {bad:,} of {math.prod(tensor.shape):,} are NaN or infinite")
         return found
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -269,5 +266,4 @@ def count_not_finite(data: bytes, dtype: str) -> int:
 EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
-    "float16": (np.uint16, 0x7C00),
 }

@@ -517,7 +517,7 @@ class Grok1PreTrainedModel(PreTrainedModel):
         # keys that they expect.
         if model.experts_on is not None and expected_keys is None:
             model.expert_store = ExpertStore.open(
-                model.config, checkpoint_files, load_config.weight_mapping, model.experts_on, model.expert_cache
+                model.config, checkpoint_files, load_config, model.experts_on, model.expert_cache
             )
             for layer_idx, layer in enumerate(model.base_model.layers):
                 layer.block_sparse_moe.experts.store = model.expert_store

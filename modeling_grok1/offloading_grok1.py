@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.modeling_utils import LoadStateDictConfig
 
 from .configuration_grok1 import GrokConfig
+from .quantization_grok1 import QUANT_METHOD, Grok1Int8Quantizer, grouped_matmul
 
 
 CPU, DISK = "cpu", "disk"
@@ -144,19 +146,27 @@ class ExpertStore:
         cls,
         config: GrokConfig,
         files: list[str] | None,
-        weight_mapping: list | None,
+        load_config: LoadStateDictConfig,
         place: str,
         cache_bytes: int,
     ) -> "ExpertStore":
-        """The experts of a checkpoint that `from_pretrained` has found, whatever repository's names it uses.
+        """The experts of the checkpoint that `from_pretrained` has found, whatever repository's names it uses.
 
         Raises:
             ValueError: the checkpoint has no safetensors files, or not every matrix of every expert is in them.
         """
         if not files or not files[0].endswith(".safetensors"):
             raise ValueError("`experts_on` reads the experts from safetensors files, and this checkpoint has none.")
-        renamings = [entry for entry in weight_mapping or [] if isinstance(entry, WeightRenaming)]
-        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings))
+        blocks = None
+        if isinstance(load_config.hf_quantizer, Grok1Int8Quantizer):
+            if not load_config.hf_quantizer.pre_quantized:
+                raise ValueError(
+                    "`experts_on` reads the experts as the checkpoint stores them and does not quantise them: write "
+                    "an int8 folder with `grok1 convert`, or leave `quantization_config` out."
+                )
+            blocks = load_config.hf_quantizer.quantization_config.scale_blocks
+        renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
+        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), blocks)
         return cls(experts, place, cache_bytes, read_ahead=config.num_experts_per_tok)
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
@@ -191,7 +201,7 @@ class ExpertStore:
                 # The copy to the device is this thread's, so that it is ordered with the computation on its stream.
                 host = {name: read.result() for name, read in reads.items()}
                 tensors = {
-                    name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                    name: tensor.to(device=device, dtype=dtype if is_cast(name, tensor) else tensor.dtype)
                     for name, tensor in host.items()
                 }
                 self.keep(layer, expert, tensors)
@@ -202,8 +212,8 @@ class ExpertStore:
         with self.lock:
             tensors = self.cache[layer].get(expert)
             usable = tensors is not None and all(
-                tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
-                for tensor in tensors.values()
+                tensor.device == device and (tensor.dtype == dtype or not is_cast(name, tensor))
+                for name, tensor in tensors.items()
             )
             if not usable:
                 self.misses += 1
@@ -227,12 +237,17 @@ class ExpertStore:
                 self.cached_bytes += nbytes
 
 
+def is_cast(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes the dtype of the computation: int8 weights and their scales keep their own."""
+    return tensor.is_floating_point() and name.endswith(".weight")
+
+
 def size_of(tensors: Expert) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def find_experts(
-    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str]
+    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str], blocks: int | None = None
 ) -> dict[tuple[int, int], dict[str, StoredTensor]]:
     """
     Where every matrix of every expert lies.
@@ -240,6 +255,7 @@ def find_experts(
     Args:
         files: paths of safetensors files.
         rename: from the name of a tensor in the files to its name in the model.
+        blocks: scale blocks of a row of `w2` where the experts are int8.
 
     Raises:
         ValueError: the files do not hold each matrix by itself, or not all of them, or not in the config's shapes; all
@@ -253,7 +269,9 @@ def find_experts(
                 found.setdefault((int(match[1]), int(match[2])), {})[f"{match[3]}.{match[4]}"] = stored
 
     D, F_ = config.hidden_size, config.intermediate_size  # noqa: N806
-    shapes = {"w1.weight": (F_, D), "w3.weight": (F_, D), "w2.weight": (D, F_)}
+    shapes: dict[str, tuple[int, ...]] = {"w1.weight": (F_, D), "w3.weight": (F_, D), "w2.weight": (D, F_)}
+    if blocks is not None:
+        shapes |= {"w1.weight_scale": (F_, 1), "w3.weight_scale": (F_, 1), "w2.weight_scale": (D, blocks)}
     problems = []
     for layer in range(config.num_hidden_layers):
         for expert in range(config.num_experts):
@@ -264,6 +282,8 @@ def find_experts(
                     problems.append(f"{at}: missing")
                 elif tensors[name].shape != shape:
                     problems.append(f"{at}: expected the shape {shape}, found {tensors[name].shape}")
+                elif (tensors[name].dtype == torch.int8) != (blocks is not None and name.endswith("weight")):
+                    problems.append(f"{at}: unexpected dtype {tensors[name].dtype}")
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise ValueError(
@@ -271,6 +291,14 @@ def find_experts(
             f"them so: {shown}. Load without `experts_on`, or write the folder with `grok1 convert`."
         )
     return {key: tensors for key, tensors in found.items() if key[0] < config.num_hidden_layers}
+
+
+def multiply(x: torch.Tensor, expert: Expert, matrix: str) -> torch.Tensor:
+    """x times the transpose of a matrix of the expert, which is int8 if it has scales."""
+    weight, scale = expert[f"{matrix}.weight"], expert.get(f"{matrix}.weight_scale")
+    if scale is None:
+        return F.linear(x, weight)
+    return grouped_matmul(x, weight[None], scale[None], torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device))
 
 
 class Grok1OffloadedExperts(nn.Module):
@@ -291,8 +319,8 @@ class Grok1OffloadedExperts(nn.Module):
         chosen = experts.unique().tolist()
         for e, tensors in self.store.fetch(self.layer_idx, chosen, x.device, x.dtype):
             token, slot = torch.where(experts == e)
-            gate, up = (F.linear(x[token], tensors[name]) for name in ("w1.weight", "w3.weight"))
-            y = F.linear(self.act_fn(gate) * up, tensors["w2.weight"])
+            rows = x[token]
+            y = multiply(self.act_fn(multiply(rows, tensors, "w1")) * multiply(rows, tensors, "w3"), tensors, "w2")
             output.index_add_(0, token, (y * gates[token, slot, None]).to(output.dtype))
         return output
 
@@ -312,7 +340,7 @@ def check_offloading(
             method = quantization.get("quant_method")
         else:
             method = getattr(quantization, "quant_method", None)
-        if method is not None:
+        if method not in (None, QUANT_METHOD):
             problems.append(
                 "`experts_on` reads the experts as the checkpoint stores them, which quantisation by "
                 f"{str(getattr(method, 'value', method))!r} does not: leave out one of the two"

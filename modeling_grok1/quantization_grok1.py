@@ -289,8 +289,8 @@ class Grok1Int8Config(QuantizationConfigMixin):
     `quantization_config`, it quantises a folder of floats while loading.
 
     Args:
-        scale_blocks (`int`): scale blocks G of a row of `o_proj` and of the experts' down projection, 8 in the release;
-            the other matrices have one scale a row.
+        scale_blocks (`int`): scale blocks G of a row of `o_proj` and of the experts' down projection (8 in the
+            release); the other matrices have one scale a row.
 
     Raises:
         ValueError: `scale_blocks` is not a positive integer, or the method is another one.

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +23,7 @@ from transformers import (
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 from modeling_grok1.offloading_grok1 import parse_size, read_tensor
+from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
@@ -94,6 +97,54 @@ def test_bfloat16_gives_the_logits_of_the_whole_model(tmp_path):
     assert {model.dtype for model in models} == {torch.bfloat16}
     linear, offloaded = (logits_of(model, prompt()) for model in models)
     assert torch.equal(linear, offloaded)
+
+
+@pytest.fixture(scope="module")
+def int8(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("offload-int8")
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Grok1Int8Config(scale_blocks=8))
+    quantised.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_int8_is_read_with_its_scales_and_gives_the_same_logits(int8, reads, dtype):
+    whole = AutoModelForCausalLM.from_pretrained(int8, dtype=dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        int8, dtype=dtype, experts_on="disk", expert_cache="1MB", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(logits_of(model, prompt()), logits_of(whole, prompt()))
+    assert torch.equal(logits_of(model, prompt(1)), logits_of(whole, prompt(1)))
+    assert set(model.expert_store.cache[0].popitem()[1]) == {
+        f"{matrix}.{part}" for matrix in ("w1", "w2", "w3") for part in ("weight", "weight_scale")
+    }
+    assert model.expert_store.experts[0, 0]["w2.weight_scale"].shape == (64, 8)
+
+
+def test_one_token_of_int8_reads_a_byte_a_weight_and_the_scales(int8, reads):
+    model = AutoModelForCausalLM.from_pretrained(int8, experts_on="disk")
+    logits_of(model, prompt(1))
+    scales = 2 * (96 + 96 + 64 * 8)
+    assert model.expert_store.bytes_fetched == LAYERS * TOP_K * (3 * 64 * 96 + scales)
+    assert len(reads) == LAYERS * TOP_K * 6
+
+
+def test_quantising_while_loading_is_refused_with_what_to_do(folder):
+    with pytest.raises(ValueError, match=r"`experts_on`.*write an int8 folder with `grok1 convert`"):
+        AutoModelForCausalLM.from_pretrained(folder, experts_on="disk", quantization_config=Grok1Int8Config())
+
+
+def test_the_code_in_the_folder_does_it_without_the_package(folder):
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM;"
+        f"load = lambda **kw: AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, **kw);"
+        "model, whole = load(experts_on='disk', expert_cache='100KB'), load();"
+        "ids = torch.arange(3, 20)[None];"
+        "assert (model(ids).logits - whole(ids).logits).abs().max() < 1e-4;"
+        "assert model.expert_store.misses and 'modeling_grok1' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=folder.parent)
 
 
 def test_loading_reads_no_expert_and_misses_none(folder, reads):

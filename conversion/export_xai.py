@@ -1,0 +1,363 @@
+"""A converted folder back to xAI's format: the table of names read from right to left.
+
+What is stored as it was (float32 norms, routers and embedding; int8 with scales) comes back byte for byte. Dequantised
+matrices are quantised again, which is lossy: the report says by how much. One expert is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.conversion.convert import resolve_config
+from modeling_grok1.conversion.errors import ConversionError
+from modeling_grok1.conversion.hub_folder import read_hub_folder
+from modeling_grok1.conversion.layout import as_tensor, transpose
+from modeling_grok1.conversion.names import (
+    HEAD_NAME,
+    ITEMSIZE,
+    LAYOUTS,
+    Entry,
+    HubTensor,
+    Part,
+    checkpoint_entries,
+    hub_tensors,
+    parts_by_entry,
+)
+from modeling_grok1.conversion.xai_checkpoint import RawArray, count_nonfinite
+from modeling_grok1.conversion.xai_writer import TensorFrame, tensor_frame, write_tensor_file
+from modeling_grok1.quantization_grok1 import dequantise, quantise
+
+
+FOLDER_NAME = "ckpt-0"
+TOKENIZER_NAME = "tokenizer.model"
+# Elements that are worked on at once: 16 MiB in float32.
+BLOCK_ELEMENTS = 2**22
+# What a folder's config says about that folder only: how its weights are stored and where their code lies.
+NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Loss:
+    """How far requantised matrices of one kind are from what the folder held: |w - q * scale|."""
+
+    files: int = 0
+    elements: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+    largest_in_steps: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.elements if self.elements else 0.0
+
+
+@dataclass
+class ExportReport:
+    """What was written.
+
+    Args:
+        folder: where the tensor files are.
+        files, nbytes: all of them.
+        exact: how many hold exactly the stored numbers, as xAI would have written them.
+        widened: names of files whose numbers were stored in bfloat16 where xAI has float32.
+        losses: by kind, for matrices that were quantised again.
+    """
+
+    folder: Path
+    files: int = 0
+    nbytes: int = 0
+    exact: int = 0
+    widened: list[str] = field(default_factory=list)
+    losses: dict[str, Loss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to be written: its matrices as the folder holds them, expert by expert, and their scales if int8."""
+
+    entry: Entry
+    frame: TensorFrame
+    weights: tuple[RawArray, ...]
+    scales: tuple[RawArray, ...]
+
+
+def export_xai(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scale_blocks: int = 8,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes the model in `folder` to `out`/ckpt-0 in xAI's format, with config.json and tokenizer.model beside it.
+
+    The files appear together: until the last one is written they lie in `out`/ckpt-0.partial.
+
+    Args:
+        folder: a converted folder in any layout, in bfloat16, float32 or int8.
+        out: a folder that does not exist or is empty.
+        scale_blocks: row blocks that get scales of their own, in the attention output and the experts' down matrices
+            (the release: 8). The other matrices have one. Int8 folders keep the scales they have.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ConversionError: `out` is not empty, or the folder is not a whole Grok-1; with all problems, before any work.
+            Or a matrix is not finite, or the head is not the embedding: then what was written is removed.
+    """
+    folder, out = Path(folder), Path(out)
+    config = resolve_config(folder, folder, folder / "config.json")
+    jobs, head, problems = _plan(folder, config, scale_blocks)
+    problems = _place_problems(out, sum(job.frame.size for job in jobs)) + problems
+    if problems:
+        raise ConversionError(f"{folder}: cannot be exported to {out}", problems, "Nothing was written.")
+
+    report = ExportReport(out / FOLDER_NAME)
+    partial = out / f"{FOLDER_NAME}.partial"
+    created = not out.exists()
+    partial.mkdir(parents=True)
+    try:
+        if head is not None:
+            _check_head(head, jobs[0].weights[0])
+        total = sum(job.frame.size for job in jobs)
+        for job in jobs:
+            _write(job, partial / job.entry.file, report)
+            if progress is not None:
+                progress(report.nbytes, total)
+        _write_companions(folder, out)
+        os.replace(partial, out / FOLDER_NAME)
+    except BaseException:
+        shutil.rmtree(out if created else partial, ignore_errors=True)
+        raise
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def _place_problems(out: Path, needed: int) -> list[str]:
+    if os.path.lexists(out) and not out.is_dir():
+        return [f"{out}: expected a folder or nothing, found a file"]
+    if out.is_dir() and any(out.iterdir()):
+        return [f"{out}: expected an empty folder or none, found {sum(1 for _ in out.iterdir())} entries"]
+    existing = next(place for place in (out, *out.absolute().parents) if place.is_dir())
+    if not os.access(existing, os.W_OK):
+        return [f"{out}: expected a place that can be written, found {existing} to be read-only"]
+    free = shutil.disk_usage(existing).free
+    return [f"{out}: expected {needed} bytes of free disk, found {free}"] if free < needed else []
+
+
+def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_Job], RawArray | None, list[str]]:
+    """The files to be written, the head if the folder has one, and every problem."""
+    found = read_hub_folder(folder)
+    head = found.pop(HEAD_NAME, None)
+    dtype = "int8" if any(array.dtype == "int8" for array in found.values()) else "float32"
+    tensors = _expected(config, dtype, set(found))
+    if dtype == "int8":
+        tensors = _with_stored_blocks(config, tensors, found)
+    problems = [f"{name}: expected a tensor {t.shape}, found none" for name, t in tensors.items() if name not in found]
+    problems += [f"{name}: expected only Grok-1's tensors, found this one too" for name in found.keys() - tensors]
+    for name in tensors.keys() & found.keys():
+        problems += _tensor_problems(tensors[name], found[name])
+    if head is not None and head.shape != (config.vocab_size, config.hidden_size):
+        problems.append(f"{HEAD_NAME}: expected {(config.vocab_size, config.hidden_size)}, found {head.shape}")
+    if scale_blocks < 1:
+        problems.append(f"scale_blocks: expected a positive number, found {scale_blocks}")
+    jobs: list[_Job] = []
+    if not problems:
+        parts = parts_by_entry(tensors.values())
+        for entry in checkpoint_entries(config):
+            job, problem = _job(entry, parts[entry.index], found, dtype, scale_blocks)
+            jobs += [] if job is None else [job]
+            problems += [problem] if problem else []
+    return jobs, head, sorted(problems)
+
+
+def _expected(config: GrokConfig, dtype: str, names: set[str]) -> dict[str, HubTensor]:
+    """The tensors of the layout that shares most names with the folder, without the head."""
+    candidates = [hub_tensors(config, layout, dtype) for layout in LAYOUTS]
+    best = max(candidates, key=lambda tensors: len(names & tensors.keys()))
+    return {name: tensor for name, tensor in best.items() if name != HEAD_NAME}
+
+
+def _with_stored_blocks(
+    config: GrokConfig, tensors: dict[str, HubTensor], found: dict[str, RawArray]
+) -> dict[str, HubTensor]:
+    """The same tensors with as many scale blocks as the folder has."""
+    blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(config)}
+    for name, tensor in tensors.items():
+        if tensor.parts[0].field == "scales" and name in found and found[name].shape:
+            blocks |= {part.entry.index: found[name].shape[-1] for part in tensor.parts}
+    layout = next(layout for layout in LAYOUTS if hub_tensors(config, layout, "int8").keys() == tensors.keys())
+    return hub_tensors(config, layout, "int8", blocks)
+
+
+def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
+    if tensor.dtype in ("int8", "bfloat16"):
+        dtypes: tuple[str, ...] = (tensor.dtype,)
+    else:
+        dtypes = ("float32", "bfloat16")
+    if array.shape != tensor.shape or array.dtype not in dtypes:
+        expected = f"{' or '.join(dtypes)} {tensor.shape}"
+        return [f"{tensor.name}: expected {expected}, found {array.dtype} {array.shape}"]
+    if tensor.parts[0].field == "scales":
+        bad = count_nonfinite(array.read())
+        return [f"{tensor.name}: expected finite scales, found {bad} that are NaN or infinite"] if bad else []
+    return []
+
+
+def _job(
+    entry: Entry,
+    parts: list[tuple[HubTensor, Part]],
+    found: dict[str, RawArray],
+    dtype: str,
+    scale_blocks: int,
+) -> tuple[_Job | None, str]:
+    pieces: dict[str, list[RawArray]] = {"weight": [], "scales": []}
+    for tensor, part in sorted(parts, key=lambda pair: pair[1].expert or 0):
+        pieces[part.field].append(_piece(tensor, part, found[tensor.name]))
+    scales_shape = None
+    if entry.kind.quantised:
+        if dtype == "int8":
+            blocks = pieces["scales"][0].shape[-1]
+        else:
+            blocks = scale_blocks if entry.kind.scale_blocks > 1 else 1
+        if blocks < 1 or entry.shape[-2] % blocks:
+            return None, f"{entry.path}: expected scale blocks that divide its {entry.shape[-2]} rows, found {blocks}"
+        scales_shape = entry.scales_shape(blocks)
+    frame = tensor_frame(entry.shape, scales_shape)
+    return _Job(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"])), ""
+
+
+def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
+    """The rows of a stored tensor that are one part: a matrix (out, in) or (out, G), or a vector."""
+    if len(tensor.shape) == 1:
+        return array
+    stored = part.entry.shape[-2:]
+    rows = stored[1] if part.entry.kind.transposed else stored[0]
+    offset = array.offset + part.offset * ITEMSIZE[array.dtype]
+    return RawArray(array.file, array.dtype, (rows, tensor.shape[-1]), offset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Write
+
+
+def _write(job: _Job, path: Path, report: ExportReport) -> None:
+    kind = job.entry.kind
+    report.files += 1
+    report.nbytes += job.frame.size
+    if not kind.quantised:
+        if job.weights[0].dtype == "float32":
+            report.exact += 1
+        else:
+            report.widened.append(job.entry.file)
+        write_tensor_file(path, job.frame, _plain(job))
+    elif job.scales:
+        report.exact += 1
+        scales = [array.read().T for array in job.scales]
+        write_tensor_file(path, job.frame, _turned(job), lambda: np.stack(scales))
+    else:
+        loss = report.losses.setdefault(kind.name, Loss())
+        loss.files += 1
+        scales = []
+        write_tensor_file(path, job.frame, _quantised(job, scales, loss), lambda: np.stack(scales))
+
+
+def _row_blocks(array: RawArray) -> Iterator[tuple[int, int]]:
+    rows, columns = array.shape
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _float_rows(array: RawArray, start: int, stop: int) -> torch.Tensor:
+    return as_tensor(array.read_rows((), start, stop), array.dtype).to(torch.float32)
+
+
+def _plain(job: _Job) -> Iterator[np.ndarray]:
+    """The float32 bytes of an embedding, norm or router."""
+    (array,) = job.weights
+    if len(array.shape) == 1:
+        yield _float_rows(array, 0, array.shape[0]).numpy()
+    elif job.entry.kind.transposed:
+        yield transpose(_float_rows(array, 0, array.shape[0])).numpy()
+    else:
+        for start, stop in _row_blocks(array):
+            yield _float_rows(array, start, stop).numpy()
+
+
+def _turned(job: _Job) -> Iterator[np.ndarray]:
+    """The stored int8 values, (out, in) to (in, out), an expert at a time in one buffer."""
+    matrix = np.empty(job.frame.shape[-2:], np.int8)
+    for array in job.weights:
+        for start, stop in _row_blocks(array):
+            matrix[:, start:stop] = transpose(torch.from_numpy(array.read_rows((), start, stop))).numpy()
+        yield matrix
+
+
+def _quantised(job: _Job, scales: list[np.ndarray], loss: Loss) -> Iterator[np.ndarray]:
+    """New int8 values, an expert at a time in one buffer; appends the expert's scales (G, out) as bfloat16 bits."""
+    assert job.frame.scales_shape is not None
+    blocks = job.frame.scales_shape[-2]
+    matrix = np.empty(job.frame.shape[-2:], np.int8)
+    for array in job.weights:
+        bits = np.empty((blocks, array.shape[0]), np.uint16)
+        for start, stop in _row_blocks(array):
+            rows = _float_rows(array, start, stop)
+            if not torch.isfinite(rows).all():
+                raise ConversionError(
+                    f"{array.file}: cannot be exported",
+                    [f"{job.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
+                )
+            values, scale = quantise(rows, blocks)
+            _measure(job, rows, values, scale, loss)
+            matrix[:, start:stop] = transpose(values).numpy()
+            bits[:, start:stop] = scale.T.contiguous().view(torch.int16).numpy().view(np.uint16)
+        scales.append(bits)
+        yield matrix
+
+
+def _measure(job: _Job, rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, loss: Loss) -> None:
+    error = (dequantise(values, scale, torch.float32) - rows).abs_()
+    loss.elements += error.numel()
+    loss.total += error.sum(dtype=torch.float64).item()
+    loss.largest = max(loss.largest, error.max().item())
+    worst = error.unflatten(-1, (scale.shape[-1], -1)).amax(dim=-1)
+    steps = torch.where(worst > 0, worst / scale.float(), 0.0).max().item()
+    loss.largest_in_steps = max(loss.largest_in_steps, steps)
+    # float32 rounds the quotient: a value in the middle between two steps may be that much over.
+    if steps > 0.5 + 1e-4:
+        raise ConversionError(
+            "Not representable as int8 with bfloat16 scales",
+            [f"{job.entry.path}: expected an error of at most half a step, found {steps:.3f} (weights below 1e-36?)"],
+        )
+
+
+def _check_head(head: RawArray, embedding: RawArray) -> None:
+    """xAI's format has no head of its own."""
+    for start, stop in _row_blocks(embedding):
+        if not torch.equal(_float_rows(head, start, stop), _float_rows(embedding, start, stop)):
+            raise ConversionError(
+                f"{head.file}: cannot be exported",
+                [f"{HEAD_NAME}: expected the embedding (rows {start} to {stop}), found another head"],
+                "xAI's format ties the head to the embedding: this model would lose its head.",
+            )
+
+
+def _write_companions(folder: Path, out: Path) -> None:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
+    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (folder / TOKENIZER_NAME).is_file():
+        shutil.copyfile(folder / TOKENIZER_NAME, out / TOKENIZER_NAME)

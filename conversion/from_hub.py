@@ -1,0 +1,275 @@
+"""A checkpoint on the Hugging Face hub as the source of a conversion: `hf://owner/name[@revision]`.
+
+Files are fetched a few ahead of the converter, each is checked against the checksum that the hub states, and with
+`discard` each is deleted when no unfinished shard needs it: the scratch on the disk never exceeds its bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi, RepoFile, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from modeling_grok1.conversion.errors import CheckpointError, ConversionError
+from modeling_grok1.conversion.names import Entry
+from modeling_grok1.conversion.xai_checkpoint import TENSOR_FILE, TensorFile, mismatches, read_tensor_file
+from modeling_grok1.conversion.xai_writer import tensor_frame
+
+
+SCHEME = "hf://"
+URI = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?/?")
+SCRATCH_NAME = ".source.partial"  # inside the output folder: it goes when the conversion is done
+# Without `discard`, the files stay in the hub's cache and only the downloads under way are bounded.
+AHEAD = 3
+ATTEMPTS = 6
+HASH_BLOCK = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class HubCheckpoint:
+    """What a repository holds, at one commit.
+
+    Args:
+        repo: owner/name.
+        commit: the commit that the revision named when it was looked up; everything is read from it.
+        files: every file of the repository by its path.
+    """
+
+    repo: str
+    commit: str
+    files: dict[str, RepoFile]
+
+    def path_of(self, file: str) -> str | None:
+        """Where a tensor file lies: at the top, in ckpt-0/ or in ckpt/."""
+        return next((p + file for p in ("", "ckpt-0/", "ckpt/") if p + file in self.files), None)
+
+    def download(self, path: str, folder: Path | None = None, force: bool = False) -> Path:
+        """One file, into the hub's cache or below `folder`; resumed if it was begun."""
+        return Path(hf_hub_download(self.repo, path, revision=self.commit, local_dir=folder, force_download=force))
+
+
+def look_up(uri: str) -> HubCheckpoint:
+    """The repository that `hf://owner/name[@revision]` names.
+
+    Raises:
+        ConversionError: the address is malformed, or the hub has no such repository or revision for this user.
+    """
+    match = URI.fullmatch(uri)
+    if match is None:
+        raise ConversionError(f"{uri}: expected hf://owner/name or hf://owner/name@revision")
+    try:
+        api = HfApi()
+        commit = api.repo_info(match["repo"], revision=match["revision"]).sha
+        tree = api.list_repo_tree(match["repo"], recursive=True, revision=commit)
+        files = {item.path: item for item in tree if isinstance(item, RepoFile)}
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConversionError(
+            f"{uri}: the hub shows no such repository or revision",
+            next_step="Check the name; for a private one, log in with `hf auth login`.",
+        ) from error
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise ConversionError(f"{uri}: the hub did not answer", [str(error)], "Run it again.") from error
+    return HubCheckpoint(match["repo"], str(commit), files)
+
+
+def examine(checkpoint: HubCheckpoint, entries: Sequence[Entry]) -> tuple[dict[int, RepoFile], list[str]]:
+    """The repository's file for each entry, and what is missing, unknown or of an impossible size, one line each.
+
+    Sizes are exact: a file of xAI's format with given shapes has one size for each number of scale blocks.
+    """
+    files, problems = {}, []
+    known = {entry.file for entry in entries}
+    for entry in entries:
+        path = checkpoint.path_of(entry.file)
+        if path is None:
+            problems.append(f"{entry.file}: expected {entry.path}, found no such file")
+        elif blocks_of_size(entry, checkpoint.files[path].size) is None:
+            problems.append(
+                f"{entry.file}: expected the size of {entry.path} as {entry.dtype} {entry.shape}, "
+                f"found {checkpoint.files[path].size} bytes"
+            )
+        else:
+            files[entry.index] = checkpoint.files[path]
+    for path in checkpoint.files:
+        name = path.rpartition("/")[2]
+        if TENSOR_FILE.fullmatch(name) and name not in known:
+            problems.append(f"{path}: expected {len(entries)} files, the last {entries[-1].file}, found one more")
+    return files, problems
+
+
+def blocks_of_size(entry: Entry, size: int) -> int | None:
+    """The number of scale blocks that a file of this size has (0: not quantised), or None if there is none."""
+    if not entry.kind.quantised:
+        return 0 if tensor_frame(entry.shape).size == size else None
+    rows = entry.shape[-2]
+    fitting = (G for G in range(1, min(rows, 64) + 1) if rows % G == 0)
+    return next((G for G in fitting if tensor_frame(entry.shape, entry.scales_shape(G)).size == size), None)
+
+
+class HubSource:
+    """`convert.Source` over a repository.
+
+    Args:
+        checkpoint: the repository.
+        entries: the files that the model needs.
+        files: the repository's file for each entry's index (`examine`).
+        scratch: where files go with `discard`; None keeps them in the hub's cache.
+        scratch_bytes: bound on the bytes below `scratch`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: HubCheckpoint,
+        entries: Sequence[Entry],
+        files: dict[int, RepoFile],
+        scratch: Path | None = None,
+        scratch_bytes: int = 16 * 10**9,
+    ):
+        self.checkpoint, self.files = checkpoint, files
+        self.entries = {entry.index: entry for entry in entries}
+        self.scratch, self.scratch_bytes = scratch, scratch_bytes
+        self.queue: deque[int] = deque()
+        self.futures: dict[int, Future[TensorFile]] = {}
+        self.in_use = 0
+        self.lock = threading.RLock()  # a download that is done at once calls back while it is held
+        self.pool = ThreadPoolExecutor(AHEAD, "grok1-fetch")
+        self.stopped = threading.Event()
+
+    def scale_blocks(self) -> dict[int, int]:
+        blocks = {index: blocks_of_size(self.entries[index], file.size) for index, file in self.files.items()}
+        return {index: count for index, count in blocks.items() if count}
+
+    def identity(self) -> dict[str, Any]:
+        return {file.path: [file.size, stated_checksum(file)[1]] for file in self.files.values()}
+
+    def schedule(self, indices: Sequence[int]) -> None:
+        with self.lock:
+            self.queue.extend(indices)
+            self._pump()
+
+    def _pump(self) -> None:
+        """Start the downloads that fit; called with the lock held."""
+        while self.queue:
+            index = self.queue[0]
+            size = self.files[index].size
+            if self.scratch is not None:
+                if self.in_use + size > self.scratch_bytes:
+                    return
+            elif sum(not future.done() for future in self.futures.values()) >= AHEAD:
+                return
+            self.queue.popleft()
+            self.in_use += size
+            self.futures[index] = self.pool.submit(self._fetch, index)
+            self.futures[index].add_done_callback(lambda _: self._pump_again())
+
+    def _pump_again(self) -> None:
+        with self.lock:
+            if not self.stopped.is_set():
+                self._pump()
+
+    def open(self, index: int) -> TensorFile:
+        while True:
+            with self.lock:
+                future = self.futures.get(index)
+            if future is not None:
+                return future.result()
+            time.sleep(0.02)  # its turn comes when a shard that is being finished releases its files
+
+    def release(self, index: int) -> None:
+        with self.lock:
+            future = self.futures.pop(index, None)
+            if future is not None and self.scratch is not None:
+                future.result().path.unlink(missing_ok=True)
+                self.in_use -= self.files[index].size
+            if not self.stopped.is_set():
+                self._pump()
+
+    def close(self, finished: bool) -> None:
+        """Stops fetching. What was fetched for a conversion that is not finished stays for the next run."""
+        self.stopped.set()
+        self.pool.shutdown(cancel_futures=True)
+        if finished and self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _fetch(self, index: int) -> TensorFile:
+        """Fetch, check and read the header of one file; a fault of the network or of the bytes is tried again."""
+        file, entry = self.files[index], self.entries[index]
+        fault = ""
+        for attempt in range(ATTEMPTS):
+            if self.stopped.is_set():
+                break
+            if attempt:
+                self.stopped.wait(min(0.25 * 2**attempt, 30))
+            try:
+                path = self.checkpoint.download(file.path, self.scratch, force=bool(attempt))
+                fault = checksum_problem(path, file)
+                if not fault:
+                    tensor = read_tensor_file(path)
+                    problems = mismatches(entry, tensor)
+                    if problems:
+                        raise CheckpointError(f"{self.checkpoint.repo}: not the checkpoint of this config", problems)
+                    return tensor
+                path.unlink(missing_ok=True)
+            except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+                status = getattr(getattr(error, "response", None), "status_code", 500)
+                fault = f"{type(error).__name__}: {error}"
+                if status < 500 and status not in (408, 429):
+                    break
+        raise CheckpointError(
+            f"hf://{self.checkpoint.repo}: {file.path} could not be fetched",
+            [fault or "stopped"],
+            "Finished shards are kept: run the same command again to continue.",
+        )
+
+
+def stated_checksum(file: RepoFile) -> tuple[str, str]:
+    """How the hub states what is in a file: SHA-256 for large files, git's object name for small ones."""
+    return ("sha256", file.lfs.sha256) if file.lfs is not None else ("git", file.blob_id)
+
+
+def checksum_problem(path: Path, file: RepoFile) -> str:
+    """What differs between a file on the disk and what the hub states, or nothing."""
+    kind, expected = stated_checksum(file)
+    size = path.stat().st_size
+    if size != file.size:
+        return f"{file.path}: expected {file.size} bytes, found {size}"
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK):
+            digest.update(block)
+    found = digest.hexdigest()
+    return "" if found == expected else f"{file.path}: expected {kind} {expected}, found {found}"
+
+
+def scratch_needed(needed: Sequence[Sequence[int]], files: dict[int, RepoFile]) -> int:
+    """The most bytes of source files that shards in this order need on the disk at once.
+
+    Args:
+        needed: for each shard the indices of its source files.
+        files: the repository's files by index.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for position, indices in enumerate(needed):
+        for index in indices:
+            first.setdefault(index, position)
+            last[index] = position
+    return max(
+        (
+            sum(files[index].size for index in first if first[index] <= position <= last[index])
+            for position in range(len(needed))
+        ),
+        default=0,
+    )
