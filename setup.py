@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "bitsandbytes>=0.50,<0.51; platform_system != 'Darwin'",
     "accelerate>=1.15,<2",
     "huggingface_hub>=2.4,<3",
+    "httpx2>=2,<3",  # what huggingface_hub speaks HTTP with, and whose errors it passes on
     "numpy>=2,<3",
     "typer>=0.20,<1",
     "rich>=14,<16",

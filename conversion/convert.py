@@ -28,13 +28,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.conversion.errors import CheckpointError, ConversionError
 from modeling_grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX, claimed, output_problems, sync_folder
-from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, Slab, as_bytes, slabs
+from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, SLAB_BYTES, Slab, as_bytes, read_slab, slab_ranges
 from modeling_grok1.conversion.names import (
     DTYPES,
     ITEMSIZE,
@@ -93,6 +94,8 @@ class Source(Protocol):
 
 class Sink:
     """What happens to finished files: nothing, in a local conversion."""
+
+    keeps_shards = True  # whether a finished shard stays on this disk
 
     def has(self, shard: Shard, out: Path) -> bool:
         """Whether the shard was finished by an earlier run: it has its final name, its size and its header."""
@@ -155,6 +158,8 @@ class Plan:
     shards: list[Shard]
     finished: frozenset[str]
     record: dict[str, Any]
+    scratch_bytes: int = 0
+    keeps_shards: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +173,9 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Free disk that the rest of the conversion needs."""
-        return self.nbytes - self.finished_bytes + COMPANION_BYTES
+        remaining = sorted((shard.nbytes for shard in self.shards if shard.name not in self.finished), reverse=True)
+        # A shard that is discarded goes when it was uploaded, and by then the next one is begun.
+        return sum(remaining if self.keeps_shards else remaining[:2]) + self.scratch_bytes + COMPANION_BYTES
 
 
 def convert(
@@ -181,6 +188,11 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
+    discard_source: bool = False,
+    scratch: int | str = "16GB",
+    push_to: str | None = None,
+    private: bool = False,
+    discard_output: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -189,7 +201,7 @@ def convert(
     Run again with the same arguments after an interruption, it goes on with the first shard that is not finished.
 
     Args:
-        src: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/.
+        src: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/; or hf://owner/name[@revision].
         out: a folder that does not exist, is empty, or holds an unfinished conversion of the same source and settings.
         dtype: "bfloat16", "float32", or "int8" (keeps xAI's values and scales). Norms and routers are float32 always.
         layout: "hub" (one tensor an expert), "fused" (one an expert matrix of a layer), "hpcai" or "keyfan".
@@ -197,6 +209,11 @@ def convert(
         tokenizer: a tokenizer.model; by default the one in `src` or its parent.
         no_tokenizer: go without a tokenizer.
         max_shard_size: bytes of tensors in a shard, or "5GB", "4GiB"; a larger tensor has a shard of its own.
+        discard_source: delete a file fetched from the hub when no unfinished shard needs it. Never touches a folder.
+        scratch: bound on the disk that fetched files take with `discard_source`.
+        push_to: a repository on the hub that gets each shard when it is finished, index and card last.
+        private: whether that repository, if it is new, is private.
+        discard_output: delete a shard here when the hub has it.
         jobs: worker threads; by default one a core.
         progress: called with (bytes written, bytes in all) after each block, from any thread.
 
@@ -208,17 +225,32 @@ def convert(
         ConversionError: anything else that was refused, with all problems; or the run could not be finished, in which
             case finished shards stay and the same call continues.
     """
-    plan, source = plan_folder(
-        src,
-        out,
-        dtype=dtype,
-        layout=layout,
-        config=config,
-        tokenizer=tokenizer,
-        no_tokenizer=no_tokenizer,
-        max_shard_size=max_shard_size,
-    )
-    run(plan, source, jobs=jobs, progress=progress)
+    from modeling_grok1.conversion.from_hub import SCHEME, plan_hub
+    from modeling_grok1.conversion.to_hub import HubSink
+
+    if discard_output and not push_to:
+        raise ConversionError("discard_output: expected a repository to push to, found none", next_step="See push_to.")
+    sink = HubSink(push_to, private, discard_output) if push_to else Sink()
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "layout": layout,
+        "config": config,
+        "tokenizer": tokenizer,
+        "no_tokenizer": no_tokenizer,
+        "max_shard_size": max_shard_size,
+        "sink": sink,
+    }
+    if not os.fspath(src).startswith(SCHEME):
+        plan, source = plan_folder(src, out, **settings)
+        run(plan, source, sink=sink, jobs=jobs, progress=progress)
+        return plan
+    plan, hub = plan_hub(os.fspath(src), Path(out), discard=discard_source, scratch=scratch, **settings)
+    finished = False
+    try:
+        run(plan, hub, sink=sink, jobs=jobs, progress=progress)
+        finished = True
+    finally:
+        hub.close(finished)
     return plan
 
 
@@ -236,6 +268,7 @@ def plan_folder(
     tokenizer: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
+    sink: Sink | None = None,
 ) -> tuple[Plan, FolderSource]:
     """Checks everything that `convert` (see there) needs, before anything is touched.
 
@@ -256,7 +289,9 @@ def plan_folder(
         problems.append(f"{out}: expected a folder outside the checkpoint, found one in {folder}")
     source = FolderSource(files)
     if not problems and not source_problems:
-        plan, problems = make_plan(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size))
+        plan, problems = make_plan(
+            source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink
+        )
         if not problems:
             return plan, source
     elif out.is_dir() and any(out.iterdir()) and not (out / JOURNAL_NAME).exists():
@@ -292,7 +327,7 @@ def resolve_config(src: Path, folder: Path, given: str | os.PathLike[str] | None
     candidates = [Path(given)] if given else _beside(src, folder, "config.json")
     for path in candidates:
         if given or path.is_file():
-            return _read_config(path)
+            return read_config(path)
     release = GrokConfig()
     embedding = folder / "tensor00000_000"
     expected = (release.vocab_size, release.hidden_size)
@@ -316,7 +351,7 @@ def _beside(src: Path, folder: Path, name: str) -> list[Path]:
     return list(dict.fromkeys(place / name for place in (src, folder, src.absolute().parent)))
 
 
-def _read_config(path: Path) -> GrokConfig:
+def read_config(path: Path) -> GrokConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -362,8 +397,12 @@ def make_plan(
     layout: str,
     max_shard_size: int,
     sink: Sink | None = None,
+    scratch_bytes: int = 0,
 ) -> tuple[Plan, list[str]]:
-    """The plan for a source that is whole, and what is wrong with the place it goes to, one line each."""
+    """The plan for a source that is whole, and what is wrong with the place it goes to, one line each.
+
+    `scratch_bytes` is the disk that the source takes for itself while it is read.
+    """
     sink = sink or Sink()
     blocks = source.scale_blocks()
     problems = _fused_scale_problems(config, blocks) if (dtype, layout) == ("int8", "fused") else []
@@ -382,7 +421,11 @@ def make_plan(
     }
     problems += output_problems(out, record)
     finished = frozenset(shard.name for shard in shards if not problems and sink.has(shard, out))
-    plan = Plan(out, dtype, layout, max_shard_size, written, tokenizer, shards, finished, record)
+    plan = Plan(
+        *(out, dtype, layout, max_shard_size, written, tokenizer, shards, finished, record),
+        scratch_bytes=scratch_bytes,
+        keeps_shards=sink.keeps_shards,
+    )
     free = free_bytes(out, shards)
     if free < plan.needed_bytes:
         problems.append(
@@ -491,6 +534,9 @@ class _Writer:
         self.workers = ThreadPoolExecutor(jobs, "grok1-convert")
         self.finisher = ThreadPoolExecutor(1, "grok1-finish")
         self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
+        self.live: deque[list[Future[None]]] = deque()
+        # Untouched pages of them take no memory.
+        self.buffers = deque(np.empty(SLAB_BYTES, np.uint8) for _ in range(LIVE_SLABS))
         self.progress, self.progress_lock = progress, threading.Lock()
         self.done, self.total = plan.finished_bytes, plan.nbytes
 
@@ -503,10 +549,7 @@ class _Writer:
 
     def write(self) -> None:
         remaining = [shard for shard in self.plan.shards if shard.name not in self.plan.finished]
-        needed = [
-            list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
-            for shard in remaining
-        ]
+        needed = [source_files(shard) for shard in remaining]
         self.source.schedule(list(dict.fromkeys(index for indices in needed for index in indices)))
         self.advance(0)
         finishing: Future[None] | None = None
@@ -531,22 +574,27 @@ class _Writer:
     def fill(self, descriptor: int, shard: Shard, files: dict[int, TensorFile]) -> None:
         """Writes the header and every tensor of a shard in place."""
         write_at(descriptor, memoryview(shard.header), 0)
-        live: deque[list[Future[None]]] = deque()
         for tensor in shard.tensors:
             for part in tensor.parts:
+                file = files[part.entry.index]
                 base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
-                for slab in slabs(files[part.entry.index], part):
-                    live.append(
+                for start, stop in slab_ranges(file, part):
+                    slab = read_slab(file, part, start, stop, self.next_buffer())
+                    self.live.append(
                         [
                             self.workers.submit(self.write_block, descriptor, slab, first, last, tensor.dtype, base)
                             for first, last in slab.blocks(self.block_elements)
                         ]
                     )
-                    del slab
-                    while len(live) >= LIVE_SLABS:
-                        wait_for(live.popleft())
-        for blocks in live:
-            wait_for(blocks)
+        while self.live:
+            wait_for(self.live.popleft())
+
+    def next_buffer(self) -> np.ndarray:
+        """Memory for a slab that no worker uses any more. Fresh memory costs more than the reading."""
+        while len(self.live) >= LIVE_SLABS:
+            wait_for(self.live.popleft())
+        self.buffers.rotate()
+        return self.buffers[0]
 
     def write_block(self, descriptor: int, slab: Slab, first: int, last: int, dtype: str, base: int) -> None:
         rows = as_bytes(slab.rows(first, last, dtype))
@@ -577,6 +625,11 @@ class _Writer:
             self.done += count
             if self.progress is not None:
                 self.progress(self.done, self.total)
+
+
+def source_files(shard: Shard) -> list[int]:
+    """The indices of the files that a shard is made of, in the order in which it reads them."""
+    return list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
 
 
 def wait_for(futures: list[Future[None]]) -> None:

@@ -7,6 +7,7 @@ Files are fetched a few ahead of the converter, each is checked against the chec
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import threading
@@ -18,12 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.conversion.convert import (
+    TOKENIZER_NAME,
+    Plan,
+    Sink,
+    make_plan,
+    read_config,
+    resolve_tokenizer,
+    setting_problems,
+    source_files,
+)
 from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.names import Entry
+from modeling_grok1.conversion.names import Entry, checkpoint_entries
+from modeling_grok1.conversion.shards import parse_size
 from modeling_grok1.conversion.xai_checkpoint import TENSOR_FILE, TensorFile, mismatches, read_tensor_file
 from modeling_grok1.conversion.xai_writer import tensor_frame
 
@@ -79,7 +92,7 @@ def look_up(uri: str) -> HubCheckpoint:
             f"{uri}: the hub shows no such repository or revision",
             next_step="Check the name; for a private one, log in with `hf auth login`.",
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError) as error:
         raise ConversionError(f"{uri}: the hub did not answer", [str(error)], "Run it again.") from error
     return HubCheckpoint(match["repo"], str(commit), files)
 
@@ -222,7 +235,7 @@ class HubSource:
                         raise CheckpointError(f"{self.checkpoint.repo}: not the checkpoint of this config", problems)
                     return tensor
                 path.unlink(missing_ok=True)
-            except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+            except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
                 fault = f"{type(error).__name__}: {error}"
                 if status < 500 and status not in (408, 429):
@@ -273,3 +286,59 @@ def scratch_needed(needed: Sequence[Sequence[int]], files: dict[int, RepoFile]) 
         ),
         default=0,
     )
+
+
+def plan_hub(
+    uri: str,
+    out: Path,
+    *,
+    dtype: str,
+    layout: str,
+    config: str | os.PathLike[str] | None,
+    tokenizer: str | os.PathLike[str] | None,
+    no_tokenizer: bool,
+    max_shard_size: int | str,
+    sink: Sink,
+    discard: bool,
+    scratch: int | str,
+) -> tuple[Plan, HubSource]:
+    """As `convert.plan_folder`, for a repository: nothing but its list of files, config and tokenizer is fetched.
+
+    Raises:
+        CheckpointError, ConversionError: with all problems at once.
+    """
+    checkpoint = look_up(uri)
+    problems = setting_problems(dtype, layout, max_shard_size)
+    scratch_bytes = parse_size(scratch)
+    if config is not None:
+        grok_config = read_config(Path(config))
+    elif "config.json" in checkpoint.files:
+        grok_config = read_config(checkpoint.download("config.json"))
+    else:
+        grok_config = GrokConfig()
+    if tokenizer is None and not no_tokenizer and TOKENIZER_NAME in checkpoint.files:
+        tokenizer = checkpoint.download(TOKENIZER_NAME)
+    model_path, tokenizer_problems = resolve_tokenizer(
+        Path(checkpoint.repo), Path(checkpoint.repo), tokenizer, no_tokenizer, grok_config.vocab_size
+    )
+    problems += tokenizer_problems
+    entries = checkpoint_entries(grok_config)
+    files, source_problems = examine(checkpoint, entries)
+    if source_problems:
+        next_step = "If many sizes are wrong, the config is: see --config."
+        raise CheckpointError(f"{uri}: cannot be converted", source_problems + problems, next_step)
+    folder = out / SCRATCH_NAME if discard else None
+    source = HubSource(checkpoint, entries, files, folder, scratch_bytes)
+    if not problems:
+        plan, problems = make_plan(
+            *(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink),
+            scratch_bytes=scratch_bytes if discard else 0,
+        )
+        needed = scratch_needed([source_files(shard) for shard in plan.shards], files)
+        if discard and needed > scratch_bytes:
+            problems.append(
+                f"scratch: expected at least {needed:,} bytes for shards of this size, found {scratch_bytes:,}"
+            )
+        if not problems:
+            return plan, source
+    raise ConversionError(f"{uri}: cannot be converted to {out}", problems)

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from modeling_grok1.conversion.errors import CheckpointError
-from modeling_grok1.conversion.names import Part
-from modeling_grok1.conversion.xai_checkpoint import RawArray, TensorFile
+from modeling_grok1.conversion.names import ITEMSIZE, Part
+from modeling_grok1.conversion.xai_checkpoint import NUMPY_DTYPE, RawArray, TensorFile
 
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 # One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
 SLAB_BYTES = 200 * 2**20
+BAND_READ_BYTES = 16 * 2**20
 # Elements that are worked on at once: the temporaries of a block stay in the caches and below malloc's mmap threshold.
 BLOCK_ELEMENTS = 2**21
 
@@ -147,33 +148,41 @@ class Slab:
         return hub_rows(self.weight[:, piece], scales, dtype, True)
 
 
-def slabs(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> Iterator[Slab]:
-    """Reads a part in pieces of at most `slab_bytes` (at least one output row), in order of the output rows.
+def slab_ranges(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows of a part, each at most `slab_bytes` in the file (at least one row), in order."""
+    rows, columns = part_shape(file, part)
+    step = max(1, slab_bytes // (columns * ITEMSIZE[part_array(file, part).dtype]))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
-    A matrix that is transposed on the way is read in bands of columns, each from contiguous blocks of rows.
+
+def read_slab(file: TensorFile, part: Part, start: int, stop: int, buffer: np.ndarray | None = None) -> Slab:
+    """Reads the output rows [start, stop) of a part.
+
+    A matrix that is turned on the way and does not fit whole is read as a band of columns, out of blocks of rows.
+
+    Args:
+        buffer: uint8, where the slab may lie; fresh memory if it is None or too small.
 
     Raises:
         CheckpointError: the file got shorter or cannot be read any more.
     """
     array = part_array(file, part)
-    rows, columns = part_shape(file, part)
-    step = max(1, slab_bytes // (columns * array.nbytes // _numel(array)))
-    for start in range(0, rows, step):
-        yield _read_slab(file, part, array, start, min(start + step, rows), slab_bytes)
-
-
-def _read_slab(file: TensorFile, part: Part, array: RawArray, start: int, stop: int, slab_bytes: int) -> Slab:
+    itemsize = ITEMSIZE[array.dtype]
+    if buffer is not None and buffer.nbytes < (stop - start) * part_shape(file, part)[1] * itemsize:
+        buffer = None
     lead = () if part.expert is None else (part.expert,)
     if len(array.shape) == 1:
         return Slab(part, 0, 1, as_tensor(array.read()[None], array.dtype), None)
     if not part.entry.kind.transposed:
-        return Slab(part, start, stop, as_tensor(array.read_rows(lead, start, stop), array.dtype), None)
+        return Slab(part, start, stop, as_tensor(array.read_rows(lead, start, stop, buffer), array.dtype), None)
     inputs, outputs = array.shape[-2:]
     if (start, stop) == (0, outputs):
-        weight = array.read_rows(lead, 0, inputs)
+        weight = array.read_rows(lead, 0, inputs, buffer)
     else:
-        weight = np.empty((inputs, stop - start), dtype=array.read_rows(lead, 0, 0).dtype)
-        step = max(1, slab_bytes // 8 // (array.nbytes // _numel(array) * outputs))
+        shape, dtype = (inputs, stop - start), NUMPY_DTYPE[array.dtype]
+        weight = np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer)
+        step = max(1, BAND_READ_BYTES // (itemsize * outputs))
         for first in range(0, inputs, step):
             last = min(first + step, inputs)
             weight[first:last] = array.read_rows(lead, first, last)[:, start:stop]
@@ -181,7 +190,3 @@ def _read_slab(file: TensorFile, part: Part, array: RawArray, start: int, stop: 
     if part.field == "weight" and file.scales is not None:
         scales = as_tensor(file.scales.read_rows(lead, 0, file.scales.shape[-2])[:, start:stop], "bfloat16")
     return Slab(part, start, stop, as_tensor(weight, array.dtype), scales)
-
-
-def _numel(array: RawArray) -> int:
-    return int(np.prod(array.shape, dtype=np.int64))

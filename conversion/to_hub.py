@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-import httpx
+import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -39,11 +39,12 @@ class HubSink(Sink):
 
     def __init__(self, repo: str, private: bool = False, discard: bool = False):
         self.repo, self.discard, self.api = repo, discard, HfApi()
+        self.keeps_shards = not discard
         try:
             self.api.create_repo(repo, private=private, exist_ok=True)
             tree = self.api.list_repo_tree(repo, recursive=True)
             self.remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
-        except (HfHubHTTPError, httpx.HTTPError) as error:
+        except (HfHubHTTPError, httpx2.HTTPError) as error:
             raise self._failed(error) from error
         if INDEX_NAME in self.remote:
             raise ConversionError(
@@ -89,14 +90,14 @@ class HubSink(Sink):
         operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
         try:
             self.api.create_commit(self.repo, operations=operations, commit_message=message)
-        except (HfHubHTTPError, httpx.HTTPError) as error:
+        except (HfHubHTTPError, httpx2.HTTPError) as error:
             raise self._failed(error) from error
 
     def _list(self) -> list[RepoFile]:
         try:
             tree = self.api.list_repo_tree(self.repo, recursive=True)
             return [item for item in tree if isinstance(item, RepoFile)]
-        except (HfHubHTTPError, httpx.HTTPError) as error:
+        except (HfHubHTTPError, httpx2.HTTPError) as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> ConversionError:

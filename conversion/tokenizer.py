@@ -165,9 +165,9 @@ def check_supported(model: SentencePieceModel, vocab_size: int | None) -> list[s
         ("escape_whitespaces", True, bool(model.escape_whitespaces)),
         ("treat_whitespace_as_suffix", False, bool(model.whitespace_as_suffix)),
     ]
-    for what, expected, value in options:
-        if expected != value:
-            problems.append(f"{what}: expected {expected}, found {value}")
+    for what, wanted, given in options:
+        if wanted != given:
+            problems.append(f"{what}: expected {wanted}, found {given}")
     return problems
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ class RawArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
-    def read_rows(self, lead: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Reads `array[lead][start:stop]` into a fresh buffer; safe to call from several threads.
+    def read_rows(self, lead: tuple[int, ...], start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        """Reads `array[lead][start:stop]`; safe to call from several threads.
 
         Args:
             lead: indices into the leading dimensions, e.g. `(expert,)` for an array (E, K, N); `()` for a matrix.
             start, stop: range of the dimension after those, 0 <= start <= stop <= its size.
+            buffer: uint8, at least as many bytes as the rows; the result lies in it. Fresh memory by default.
 
         Raises:
             CheckpointError: the file ends before the rows do (it changed since its header was read).
@@ -70,7 +71,8 @@ class RawArray:
             row = row * size + index
         row = row * self.shape[axis] + start
         row_bytes = math.prod(self.shape[axis + 1 :]) * ITEMSIZE[self.dtype]
-        rows = np.empty((stop - start, *self.shape[axis + 1 :]), NUMPY_DTYPE[self.dtype])
+        shape, dtype = (stop - start, *self.shape[axis + 1 :]), NUMPY_DTYPE[self.dtype]
+        rows = np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer)
         _read_exactly(self.file, self.offset + row * row_bytes, rows)
         return rows
 
@@ -264,17 +266,14 @@ def examine_folder(folder: Path, entries: Iterable[Entry]) -> tuple[dict[int, Te
         (120 MB in the release), the weights are not.
     """
     entries = list(entries)
-    problems, foreign = foreign_entries(folder)
-    known = {entry.file for entry in entries}
+    problems, refused = foreign_entries(folder)
     present = {path.name: path for path in list_files(folder)}
-    for name in present:
-        if name not in known:
-            problems.append(f"{name}: expected {len(entries)} files, the last {entries[-1].file}, found one more")
+    problems += surplus_files(present, entries)
     tensors = {}
     for entry in entries:
         if entry.file not in present:
             problems.append(f"{entry.file}: expected {entry.path}, found no such file")
-        elif entry.file not in foreign:
+        elif entry.file not in refused:
             try:
                 tensor = read_tensor_file(present[entry.file])
                 problems += mismatches(entry, tensor)
@@ -285,35 +284,24 @@ def examine_folder(folder: Path, entries: Iterable[Entry]) -> tuple[dict[int, Te
     return tensors, problems
 
 
-def check_folder(folder: Path, entries: Iterable[Entry]) -> list[str]:
-    """All problems of a checkpoint's folder, one line each (see `examine_folder`)."""
-    return examine_folder(folder, entries)[1]
+def surplus_files(names: Iterable[str], entries: Sequence[Entry]) -> list[str]:
+    """One line for each tensor file beyond those that a checkpoint of these sizes has."""
+    known = {entry.file for entry in entries}
+    return [
+        f"{name}: expected {len(entries)} files, the last {entries[-1].file}, found one more"
+        for name in names
+        if name not in known
+    ]
 
 
-def read_folder(folder: Path, entries: Iterable[Entry]) -> dict[int, TensorFile]:
-    """The files of a checkpoint by their index.
-
-    Raises:
-        CheckpointError: with every problem that `examine_folder` finds.
-    """
-    tensors, problems = examine_folder(folder, entries)
-    if problems:
-        raise CheckpointError(
-            f"{folder}: not a whole checkpoint of these sizes ({len(problems)} problems)",
-            problems,
-            "Nothing was written. Fetch the damaged or missing files again; if all shapes are wrong, the config is.",
-        )
-    return tensors
-
-
-def mismatches(entry: Entry, tensor: TensorFile) -> list[str]:
+def mismatches(entry: Entry, tensor: TensorFile, read_scales: bool = True) -> list[str]:
     """What differs between a file and its entry: shape, dtype, scales that are NaN or infinite; one line each."""
     found = tensor.weight
     if (found.dtype, found.shape) != (entry.dtype, entry.shape):
         return [
             f"{entry.file}: expected {entry.path} as {entry.dtype} {entry.shape}, found {found.dtype} {found.shape}"
         ]
-    if tensor.scales is not None:
+    if tensor.scales is not None and read_scales:
         bad = count_nonfinite(tensor.scales.read())
         if bad:
             return [f"{entry.file}: expected finite scales in {entry.path}, found {bad} that are NaN or infinite"]

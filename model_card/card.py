@@ -7,8 +7,8 @@ the same card. What headers cannot tell (source checksums) is stated only where 
 from __future__ import annotations
 
 import json
-import os
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -203,7 +203,6 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
     title = "Grok-1" if facts.is_release else f"A {_count(facts.parameters)}-parameter model of Grok-1's architecture"
     data = ModelCardData(
         license="apache-2.0",
-        language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model="xai-org/grok-1" if facts.is_release else None,

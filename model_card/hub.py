@@ -18,6 +18,7 @@ from modeling_grok1.conversion.errors import ConversionError
 from modeling_grok1.conversion.hub_folder import read_hub_folder
 from modeling_grok1.conversion.xai_checkpoint import RawArray
 
+
 # huggingface_hub keeps its upload and download notes here; it never sends them.
 CACHE = ".cache"
 WEIGHTS = "*.safetensors"
@@ -155,13 +156,20 @@ def push_folder(
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        for message, patterns in (
-            ("Add the weights of Grok-1", {"allow_patterns": [WEIGHTS]}),
-            ("Add index, config, tokenizer, code and model card", {"ignore_patterns": [WEIGHTS, f"{CACHE}/*"]}),
-        ):
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, **patterns
-            )
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=[WEIGHTS],
+            commit_message="Add the weights of Grok-1",
+        )
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            ignore_patterns=[WEIGHTS, f"{CACHE}/*"],
+            commit_message="Add index, config, tokenizer, code and model card",
+        )
         found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
         sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
     except (HTTPError, RuntimeError) as error:

@@ -233,7 +233,8 @@ def eager_attention_forward(
     """
     (B, H, T, d), (K, S) = query.shape, key.shape[1:3]  # noqa: N806
     scores = query.reshape(B, K, H // K * T, d) @ key.transpose(2, 3)  # B K G*T S
-    scores = softcap * torch.tanh(scores.float() * (scaling / softcap))
+    scores = scores.float() * scaling
+    scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -429,6 +430,33 @@ class Grok1DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.post_moe_norm(moe_output)
 
 
+def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
+    """Refuse, all in one ValueError, a `config.distributed_config` along which the weights cannot be cut."""
+    distributed = getattr(config, "distributed_config", None)
+    if distributed is None:
+        return
+    tp, ep, pp = (getattr(distributed, f"{kind}_size") or 1 for kind in ("tp", "ep", "pp"))
+    cuts = [("tp_size", tp, "num_attention_heads"), ("tp_size", tp, "num_key_value_heads")]
+    # Expert parallelism cuts between experts, tensor parallelism alone through each of them.
+    cuts.append(("ep_size", ep, "num_experts") if ep > 1 else ("tp_size", tp, "intermediate_size"))
+    problems = [
+        f"`{option}`: expected a divisor of `{field}` ({getattr(config, field)}), found {size}"
+        for option, size, field in cuts
+        if getattr(config, field) % size != 0
+    ]
+    if pp > config.num_hidden_layers:
+        problems.append(f"`pp_size`: expected at most `num_hidden_layers` ({config.num_hidden_layers}), found {pp}")
+    if pp > 1 and max(tp, ep) > 1:
+        problems.append("`pp_size`: Transformers does not cut the layers of a pipeline further, leave one of the two out")
+    if experts_layout == LINEAR and max(tp, ep) > 1:
+        problems.append(
+            "`experts_layout='linear'` has no tensor- or expert-parallel plan: use the fused layout (leave "
+            "`experts_layout` out), or `device_map` to spread linear experts over devices"
+        )
+    if problems:
+        raise ValueError("This Grok-1 cannot be distributed so: " + "; ".join(problems) + ".")
+
+
 class Grok1PreTrainedModel(PreTrainedModel):
     """
     What all Grok-1 models share.
@@ -444,8 +472,8 @@ class Grok1PreTrainedModel(PreTrainedModel):
             `experts_on`, such as `"40GB"` or `"40GiB"`; none by default.
 
     Raises:
-        ValueError: the config is not a Grok-1's, an option is unknown or contradicts another, or tensor or expert
-            parallelism is asked of linear experts.
+        ValueError: the config is not a Grok-1's, an option is unknown or contradicts another, or the weights cannot be
+            cut along `config.distributed_config`.
     """
 
     config_class = GrokConfig
@@ -502,13 +530,8 @@ class Grok1PreTrainedModel(PreTrainedModel):
                 *(self._keys_to_ignore_on_load_unexpected or []),
                 r"block_sparse_moe\.experts\.",
             ]
+        check_parallelism(config, self.experts_layout)
         if self.experts_layout == LINEAR:
-            distributed = getattr(config, "distributed_config", None)
-            if distributed is not None and max(distributed.tp_size or 1, distributed.ep_size or 1) > 1:
-                raise ValueError(
-                    "`experts_layout='linear'` has no tensor- or expert-parallel plan: use the fused layout (leave "
-                    "`experts_layout` out), or `device_map` to spread linear experts over devices."
-                )
             self._can_compile_fullgraph = False  # which experts run is known only after the router
 
     @staticmethod
@@ -526,14 +549,23 @@ class Grok1PreTrainedModel(PreTrainedModel):
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
         """As in Transformers. Raises ValueError with `experts_on`: the experts are not in the model."""
         if self.experts_on is not None and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"`experts_on={self.experts_on!r}` left the experts in {self.name_or_path!r}, so this model is not "
                 "whole and cannot be saved: copy that folder, or load it without `experts_on` and save."
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        stage = getattr(self, "_pp_stage", None)
+        if stage is not None:
+            # Transformers would write the layers of the first stage as if they were the model.
+            if getattr(self, "hf_quantizer", None) is not None:
+                raise ValueError("A quantised model is not saved from a pipeline: load it without `pp_size` and save.")
+            here = {name: tensor.cpu() for name, tensor in (state_dict or self.state_dict()).items()}
+            stages = [here] * stage.pp_size if stage.pp_is_first_stage else None
+            torch.distributed.gather_object(here, stages, group=stage.pp_group, group_dst=0)
+            state_dict = {name: tensor for part in stages or [here] for name, tensor in part.items()}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -74,11 +74,21 @@ def plain_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
 
 
 def packed_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As `plain_matmul` for a few rows of bfloat16 on a CPU: reads the int8 once, accumulates in float32."""
+    """
+    As `plain_matmul` for a few rows of bfloat16 on a CPU: reads the int8 once, accumulates in float32. K must be a
+    multiple of 16.
+    """
     S, G = x.shape[0], scale.shape[-1]  # noqa: N806
+    # Torch's kernel crashes where x or the weight does not begin at a multiple of 16 bytes, and a memory-mapped weight
+    # begins anywhere.
+    if weight.data_ptr() % 16 != 0:
+        rows = max(1, PIECE // weight.shape[1])
+        pieces = zip(weight.split(rows), scale.split(rows), strict=True)
+        return torch.cat([packed_matmul(x, w.clone(), s) for w, s in pieces], dim=-1)
     if G == 1:
-        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale.squeeze(-1))
-    # A row for each block, zero outside of it: torch's product knows one scale an output only.
+        x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone()
+        return torch.ops.aten._weight_int8pack_mm(x, weight, scale.squeeze(-1))
+    # A row for each block, zero outside of it: torch's kernel knows one scale an output only.
     blocks = x.unflatten(-1, (G, -1))  # S G K/G
     blocks = torch.diag_embed(blocks.transpose(1, 2)).permute(0, 3, 2, 1).reshape(S * G, -1)
     sums = torch.ops.aten._weight_int8pack_mm(blocks, weight, scale.new_ones(weight.shape[0]))
@@ -115,7 +125,8 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     """x: S K times the transpose of the dequantised weight (N K, int8; scale: N G) -> S N in the dtype of x."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] * scale.shape[-1] <= FEW_ROWS:
+    few = x.shape[0] * scale.shape[-1] <= FEW_ROWS and x.shape[1] % 16 == 0
+    if few and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return packed_matmul(x, weight, scale)
     return plain_matmul(x, weight, scale)
 
@@ -200,12 +211,12 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # S K
         if torch.is_grad_enabled() and x.requires_grad:
             y = FrozenMatmul.apply(rows, self.weight, self.weight_scale)
-        elif x.is_cuda:
+        elif torch.compiler.is_compiling() and x.device.type == "cpu" and rows.shape[0] == 1:
+            only = torch.zeros(1, dtype=torch.long)
+            y = reduced_matmul(rows, self.weight[None], self.weight_scale[None], only)
+        elif torch.compiler.is_compiling() or x.is_cuda:
             offsets = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = torch.ops.grok1.int8_grouped_matmul(rows, self.weight[None], self.weight_scale[None], offsets)
-        elif torch.compiler.is_compiling() and rows.shape[0] == 1:
-            only = torch.zeros(1, dtype=torch.long, device=x.device)
-            y = reduced_matmul(rows, self.weight[None], self.weight_scale[None], only)
         else:
             y = int8_matmul(rows, self.weight, self.weight_scale)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -373,7 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "Entry not found"}, {**headers, "X-Error-Code": "EntryNotFound"})
         elif blob.lfs:
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.sha256}"', "ETag": f'"{blob.git_oid}"'}
-            self.answer(302, b"", {**headers, "Location": f"{self.hub.endpoint}/cdn/{blob.sha256}"})
+            # Another host, as the real one: the client follows a redirect within the hub while it asks for metadata.
+            storage = self.hub.endpoint.replace("127.0.0.1", "localhost")
+            self.answer(302, b"", {**headers, "Location": f"{storage}/cdn/{blob.sha256}"})
         else:
             self.send_content(blob.read(), {**headers, "ETag": f'"{blob.git_oid}"'})
 

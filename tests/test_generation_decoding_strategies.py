@@ -11,58 +11,58 @@ def model(converted):
 
 
 @pytest.fixture(scope="module")
-def golden(reference):
+def expected(reference):
     return reference("tiny-1", "fp32")
 
 
 @pytest.fixture(scope="module")
-def generate(golden):
+def generate(expected):
     """generate(model, ...): 20 new tokens after the golden prompt."""
 
     def run(model, **options):
         options = {"max_new_tokens": 20, "eos_token_id": None, "do_sample": False, **options}
-        output = model.generate(golden.prompt, attention_mask=torch.ones_like(golden.prompt), **options)
-        return output[:, golden.prompt.shape[1] :]
+        output = model.generate(expected.prompt, attention_mask=torch.ones_like(expected.prompt), **options)
+        return output[:, expected.prompt.shape[1] :]
 
     return run
 
 
-def test_prompt_lookup_decoding_is_greedy(model, golden, generate):
-    assert generate(model, prompt_lookup_num_tokens=3)[0].tolist() == golden.greedy.tolist()
+def test_prompt_lookup_decoding_is_greedy(model, expected, generate):
+    assert generate(model, prompt_lookup_num_tokens=3)[0].tolist() == expected.greedy.tolist()
 
 
 @pytest.mark.parametrize("assistant_layers", [1, 3])
-def test_assisted_decoding_is_greedy(converted, model, golden, generate, assistant_layers):
+def test_assisted_decoding_is_greedy(converted, model, expected, generate, assistant_layers):
     assistant = AutoModelForCausalLM.from_pretrained(
         converted("tiny-1", "float32"), dtype=torch.float32, num_hidden_layers=assistant_layers
     )
-    assert generate(model, assistant_model=assistant)[0].tolist() == golden.greedy.tolist()
+    assert generate(model, assistant_model=assistant)[0].tolist() == expected.greedy.tolist()
 
 
 @torch.no_grad()
-def test_beam_search_finds_a_sequence_at_least_as_likely(model, golden, generate):
+def test_beam_search_finds_a_sequence_at_least_as_likely(model, expected, generate):
     def log_likelihood(continuation):
-        tokens = torch.cat((golden.prompt, continuation[None]), dim=1)
-        logprobs = model(tokens).logits[0, golden.prompt.shape[1] - 1 : -1].log_softmax(-1)
+        tokens = torch.cat((expected.prompt, continuation[None]), dim=1)
+        logprobs = model(tokens).logits[0, expected.prompt.shape[1] - 1 : -1].log_softmax(-1)
         return logprobs.gather(1, continuation[:, None]).sum()
 
     beams = generate(model, num_beams=4, num_return_sequences=4, max_new_tokens=8)
     assert len({tuple(beam.tolist()) for beam in beams}) == 4
     likelihoods = [log_likelihood(beam) for beam in beams]
     assert likelihoods == sorted(likelihoods, reverse=True)
-    assert likelihoods[0] >= log_likelihood(golden.greedy[:8]) - 1e-4
+    assert likelihoods[0] >= log_likelihood(expected.greedy[:8]) - 1e-4
 
 
-def test_sampling_follows_the_seed_and_top_1_is_greedy(model, golden, generate):
+def test_sampling_follows_the_seed_and_top_1_is_greedy(model, expected, generate):
     def sample(seed, **options):
         set_seed(seed)
         return generate(model, do_sample=True, **options)[0].tolist()
 
     assert sample(0, temperature=1.5) == sample(0, temperature=1.5) != sample(1, temperature=1.5)
-    assert sample(0, top_k=1) == golden.greedy.tolist()
+    assert sample(0, top_k=1) == expected.greedy.tolist()
 
 
-def test_streaming_sees_every_token(model, golden, generate):
+def test_streaming_sees_every_token(model, expected, generate):
     class Recorder(TextStreamer):
         def __init__(self):
             self.tokens = []
@@ -75,13 +75,13 @@ def test_streaming_sees_every_token(model, golden, generate):
 
     streamer = Recorder()
     generate(model, streamer=streamer)
-    assert streamer.tokens == golden.prompt[0].tolist() + golden.greedy.tolist()
+    assert streamer.tokens == expected.prompt[0].tolist() + expected.greedy.tolist()
     assert streamer.ended
 
 
-def test_linear_experts_generate_the_same(converted, golden, generate):
+def test_linear_experts_generate_the_same(converted, expected, generate):
     model = AutoModelForCausalLM.from_pretrained(
         converted("tiny-1", "float32"), dtype=torch.float32, experts_layout="linear"
     )
-    assert generate(model)[0].tolist() == golden.greedy.tolist()
-    assert generate(model, cache_implementation="static")[0].tolist() == golden.greedy.tolist()  # and never compiles
+    assert generate(model)[0].tolist() == expected.greedy.tolist()
+    assert generate(model, cache_implementation="static")[0].tolist() == expected.greedy.tolist()  # and never compiles

@@ -10,13 +10,13 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def model(converted):
-    return AutoModelForCausalLM.from_pretrained(converted("tiny-8", "float32"), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(converted("tiny-1", "float32"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def row(reference):
     """The unpadded row of the golden tokens, and xAI's logits for it."""
-    golden = reference("tiny-8", "fp32")
+    golden = reference("tiny-1", "fp32")
     assert (golden.tokens[0] != 0).all()
     return golden.tokens[:1], golden.logits[0]
 
@@ -48,7 +48,7 @@ def test_positions_are_relative(model, row):
 
 @torch.no_grad()
 def test_a_batch_of_mixed_padding_generates_what_each_prompt_does_alone(model, reference):
-    golden = reference("tiny-8", "fp32")
+    golden = reference("tiny-1", "fp32")
     prompts = [golden.prompt[0], golden.tokens[0, :7], golden.tokens[0, 3:12]]
     width = max(len(prompt) for prompt in prompts)
     ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
@@ -109,7 +109,7 @@ def test_a_cache_is_made_where_it_is_asked_for(model, row):
     ids=str,
 )
 def test_generate_gives_the_golden_tokens_with_every_cache(model, reference, options):
-    golden = reference("tiny-8", "fp32")
+    golden = reference("tiny-1", "fp32")
     output = model.generate(
         golden.prompt,
         attention_mask=torch.ones_like(golden.prompt),

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from distributed.small_grok import prompt, save_small_grok
+from distributed.small_grok import LAYERS, prompt, rename_as_hpcai, save_small_grok
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from modeling_grok1.offloading_grok1 import parse_size, read_tensor
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
-LAYERS, EXPERTS, TOP_K = 4, 8, 2
+EXPERTS, TOP_K = 8, 2
 EXPERT_BYTES = 3 * 64 * 96 * 4  # three matrices D x F in float32
 
 
@@ -357,17 +357,7 @@ def test_sizes_are_decimal_or_binary_as_they_say(text, size):
 
 
 def test_the_names_of_other_repositories_are_read_in_place_too(whole, folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    renames = {
-        "self_attn": "attn", "block_sparse_moe": "moe_block", ".w1.": ".linear.", ".w3.": ".linear_v.",
-        ".w2.": ".linear_1.", "norm.weight": "norm.scale",
-    }  # fmt: skip
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    weights = load_file(folder / "model.safetensors")
-    for ours, theirs in renames.items():
-        weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rename_as_hpcai(folder, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_on="disk")
     assert any(".moe_block.experts.0.linear." in at.name for at in model.expert_store.experts[0, 0].values())
     torch.testing.assert_close(logits_of(model, prompt()), logits_of(whole, prompt()), rtol=0, atol=1e-4)

@@ -6,7 +6,6 @@ shell completion answer at once.
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -16,6 +15,8 @@ from rich.traceback import Traceback
 from typer.core import TyperGroup
 
 from modeling_grok1.cli.card import card_command
+from modeling_grok1.cli.push import push_command
+from modeling_grok1.cli.routing import routing_command
 
 
 DONE, FOUND_WRONG, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -106,7 +107,11 @@ def root(
 
 LOOK, CHECKPOINT, RUN, SHARE = "Start here", "From xAI's checkpoint", "Run and look inside", "Share"
 
-for name, command, panel in (("card", card_command, SHARE),):
+for name, command, panel in (
+    ("routing", routing_command, RUN),
+    ("card", card_command, SHARE),
+    ("push", push_command, SHARE),
+):
     app.command(name, rich_help_panel=panel)(command)
 
 
@@ -116,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,5 @@
-"""What a model needs in memory, told before anything is loaded: measured on PyTorch's meta device, which has shapes and
-dtypes and no data."""
+"""What a model needs in memory, told before anything is loaded: measured on PyTorch's meta device, where tensors have
+shapes and dtypes and no data."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def bnb_int8_bytes(name: str, rows: int, columns: int) -> int:
 
 
 def bnb_4bit_bytes(name: str, rows: int, columns: int) -> int:
-    """Half a byte a weight, a float32 maximum for 64 weights, the 16 values of the code (bitsandbytes `QuantState`)."""
+    """Half a byte a weight, a float32 maximum for 64 weights, 16 values of the code (bitsandbytes `QuantState`)."""
     blocks = math.ceil(rows * columns / 64)
     return math.ceil(rows * columns / 2) + 4 * blocks + 16 * 4
 
@@ -150,7 +150,11 @@ def peak_bytes(call: Callable[[], Any], given: Iterable["torch.Tensor"] = ()) ->
             self.peak = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._grouped_mm.default and args[0].device.type == "meta":
+                # Its own rule for shapes knows bfloat16 only.
+                output = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+            else:
+                output = func(*args, **(kwargs or {}))
             for tensor in tree_iter(output):
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()
@@ -169,13 +173,13 @@ def peak_bytes(call: Callable[[], Any], given: Iterable["torch.Tensor"] = ()) ->
 def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Memory:
     """Measure the meta model of `config`; nothing is allocated, seconds at the released size.
 
-    Weights: the shapes and dtypes of its parameters, with the matrices of attention and experts by the element sizes of
-    the quantised layout. KV cache: the tensors of a real cache after one token. Activations: the peak of all tensors
-    alive at one time while a prompt of `prompt` tokens is read in one piece, batch 1, eager attention and grouped
-    experts, logits of the last token only, as `generate` does; eager attention holds scores of H x prompt x prompt
-    several times, so this grows with the square of the prompt. Where the precision dequantises, one matrix in the
-    compute dtype is added. Not in it: the allocator's rounding, kernel workspaces, and the framework itself (about half
-    a GiB on a GPU).
+    Weights: the shapes and dtypes of its parameters, with the matrices of attention and experts by the element sizes
+    of the quantised layout. KV cache: the tensors of a real cache. Activations: the peak of all tensors alive at one
+    time, beside weights and cache, while a prompt of `prompt` tokens is read in one piece: batch 1, eager attention,
+    grouped experts, logits of the last token only (as `generate` does). Eager attention holds H x prompt x prompt
+    scores several times over, so this grows with the square of the prompt. Where the precision dequantises, one matrix
+    in the compute dtype is added. Not in it: the allocator's rounding, the workspaces of kernels, and the framework
+    itself (about half a GiB on a GPU).
 
     Args:
         config: the model's sizes.
@@ -186,6 +190,7 @@ def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Me
         ValueError: an unknown precision, or a prompt below 1.
     """
     import torch
+    from transformers import DynamicCache
 
     if precision not in PRECISIONS:
         raise ValueError(f"`precision`: expected one of {', '.join(PRECISIONS)}, found {precision!r}.")
@@ -211,18 +216,20 @@ def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Me
         if name.startswith("model.layers."):
             layers[int(name.split(".")[2])] += size
 
-    # Activations do not add up over layers in inference: one layer has the peak, and the cache of one token.
+    # Activations do not add up over layers in inference: one layer has the peak. It holds that layer's cache too.
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
     model = meta_model(one, layout.dtype)
-    given = [*model.parameters(), *model.buffers()]
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
-    activations = peak_bytes(lambda: model(tokens, use_cache=False, logits_to_keep=1), given)
+    cache = DynamicCache(config=one)
+    activations = peak_bytes(
+        lambda: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1),
+        given=[tokens, *model.parameters(), *model.buffers()],
+    )
+    cached = sum(tensor.nbytes for tensor in (cache.layers[0].keys, cache.layers[0].values))
+    activations -= cached
     if layout.dequantizes:
         activations += largest_unpacked
-    with torch.no_grad():
-        cache = model(tokens[:, :1], use_cache=True).past_key_values
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     return Memory(
         precision=precision,
@@ -230,7 +237,7 @@ def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Me
         weights=dict(weights),
         layers=tuple(layers[i] for i in range(config.num_hidden_layers)),
         largest_matrix=largest,
-        kv_bytes_per_token=kv_bytes * config.num_hidden_layers,
+        kv_bytes_per_token=cached // prompt * config.num_hidden_layers,
         prompt=prompt,
         activations=activations,
     )

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 run_modes.py JOB.json
 
-The job names the modes, each with a folder, keyword arguments for `DistributedConfig` and for `from_pretrained`. Each rank
-writes `rank-N.pt`: for every mode what it saw, or the error.
+The job names the modes, each with a folder and keyword arguments for `DistributedConfig`. A rank writes `rank-N.pt`,
+what it saw in every mode, or the error.
 """
 
 import json
@@ -27,33 +27,47 @@ def describe(tensor: torch.Tensor) -> dict:
     return {"dtype": tensor.dtype, "whole": tuple(tensor.shape), "here": tuple(local.shape)}
 
 
+def is_tied(model) -> bool | None:
+    """Whether head and embedding hold the same values, where this rank has both."""
+    head, embedding = (
+        getattr(module, "weight", None) for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head is None or embedding is None:
+        return None
+    pair = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in (head, embedding)]
+    return head is embedding or torch.equal(*pair)
+
+
 @torch.no_grad()
 def look_at(mode: dict, out: Path) -> dict:
-    config = DistributedConfig(**mode["distributed"])
     model, info = AutoModelForCausalLM.from_pretrained(
-        mode["folder"], distributed_config=config, output_loading_info=True, **mode.get("options", {})
+        mode["folder"], distributed_config=DistributedConfig(**mode["distributed"]), output_loading_info=True
     )
-    ids = prompt()
-    output = model(ids, output_router_logits=True, use_cache=False)
     seen = {
         "loading": {key: sorted(map(str, value)) for key, value in info.items()},
         "parameters": {name: describe(parameter) for name, parameter in model.named_parameters()},
-        "logits": output.logits,
-        "router_logits": output.router_logits if hasattr(output, "router_logits") else None,
-        "padded": model(
-            torch.cat([ids.new_zeros(1, 3), ids[:, :9]], dim=1),
-            attention_mask=torch.cat([ids.new_zeros(1, 3), ids.new_ones(1, 9)], dim=1),
-        ).logits,
-        "greedy": model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None),
-        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        if hasattr(model.get_output_embeddings(), "weight") and hasattr(model.get_input_embeddings(), "weight")
-        else None,
+        "tied": is_tied(model),
     }
+    routed: dict[int, set[int]] = {}
+    hooks = [
+        layer.block_sparse_moe.gate.register_forward_hook(
+            lambda module, args, output, i=i: routed.setdefault(i, set()).update(output[2].flatten().tolist())
+        )
+        for i, layer in enumerate(model.model.layers)
+        if hasattr(layer, "block_sparse_moe")
+    ]
+    ids = prompt()
+    seen["logits"] = model(ids).logits
+    seen["routed"] = routed
+    for hook in hooks:
+        hook.remove()
+    padding = ids.new_zeros(1, 3)
+    seen["padded"] = model(
+        torch.cat([padding, ids[:, :9]], dim=1), attention_mask=torch.cat([padding, ids.new_ones(1, 9)], dim=1)
+    ).logits
+    seen["greedy"] = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)
     if mode.get("save"):
-        try:
-            model.save_pretrained(out)
-        except ValueError as error:
-            seen["save_error"] = str(error)
+        model.save_pretrained(out)
     return seen
 
 

@@ -1,0 +1,225 @@
+"""Sizes and SHA-256 of the released checkpoint's files against the published values: parallel and restartable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modeling_grok1.conversion.errors import CheckpointError, ConversionError
+from modeling_grok1.conversion.release import ReleaseFile, release_files
+from modeling_grok1.conversion.xai_checkpoint import foreign_entries, list_files, resolve_folder, surplus_files
+
+
+STATE_NAME = ".grok1-verify.json"
+BLOCK_BYTES = 4 * 2**20
+# At most so often the state is written: seconds of hashing that a kill can cost.
+STATE_SECONDS = 1.0
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Verification:
+    """What `verify_source` found.
+
+    Args:
+        folder: where the tensor files are.
+        state: the file that remembers what was checked.
+        right: how many files are as published, and `nbytes` their bytes.
+        remembered: how many of all were not read again: size and modification time are those of an earlier run.
+        missing: names of files that are not there.
+        problems: everything else, one line each: expected and found.
+    """
+
+    folder: Path
+    state: Path
+    right: int = 0
+    nbytes: int = 0
+    remembered: int = 0
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.missing and not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "folder": str(self.folder), "state": str(self.state), "is_whole": self.is_whole}
+
+
+def verify_source(
+    source: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    state: str | os.PathLike[str] | None = None,
+    release: Iterable[ReleaseFile] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Reads every file that has its published size and compares its SHA-256.
+
+    Interrupted, it goes on where it was: a file is not read again while its size and modification time are the same.
+
+    Args:
+        source: the folder that holds the tensor files, or the one above its ckpt-0/ or ckpt/.
+        jobs: files read at once; by default one a core, at most 8.
+        state: where to remember what was checked; by default a hidden file in the folder, or one below
+            $XDG_CACHE_HOME (~/.cache) if the folder cannot be written.
+        release: what was published; by default the table of the package.
+        progress: called with (bytes checked, bytes in all), from any thread.
+
+    Raises:
+        CheckpointError: there is no tensor file, or none has its published size: not the release.
+        ConversionError: `state` cannot be written.
+    """
+    folder = resolve_folder(source)
+    published = list(release_files() if release is None else release)
+    problems, refused = foreign_entries(folder)
+    present = {path.name: path for path in list_files(folder)}
+    problems += surplus_files(present, [file.entry for file in published])
+    memory = _Memory(folder, state)
+    result = Verification(folder, memory.path, problems=problems)
+
+    to_check = []
+    for file in published:
+        name = file.entry.file
+        if name not in present:
+            result.missing.append(name)
+        elif name not in refused:
+            size = present[name].stat().st_size
+            if size == file.size:
+                to_check.append((present[name], file))
+            else:
+                result.problems.append(f"{name}: expected {file.size} bytes, found {size}")
+    if not to_check:
+        raise CheckpointError(
+            f"{folder}: not the released checkpoint, or nothing of it is finished",
+            [f"expected {len(published)} files of the published sizes, found none of {len(present)} to have its own"],
+            "Checksums were published for the release only. `grok1 inspect` looks at any checkpoint.",
+        )
+    _Checker(memory, sum(file.size for _, file in to_check), progress).check(to_check, jobs, result)
+    result.problems.sort()
+    return result
+
+
+class _Memory:
+    """The state file: {"files": {name: [size, mtime_ns, sha256]}}."""
+
+    def __init__(self, folder: Path, state: str | os.PathLike[str] | None):
+        self.folder = folder
+        self.path = Path(state) if state is not None else self.default_path(folder)
+        try:
+            files = json.loads(self.path.read_bytes())["files"]
+            self.files = {name: entry for name, entry in files.items() if _is_entry(entry)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.files = {}
+        self.lock = threading.Lock()
+        self.saved = 0.0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.save()
+        except OSError as error:
+            raise ConversionError(
+                f"{self.path}: cannot be written", [str(error)], "Name another file with --state."
+            ) from None
+
+    @staticmethod
+    def default_path(folder: Path) -> Path:
+        if os.access(folder, os.W_OK):
+            return folder / STATE_NAME
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+        return cache / "grok1" / f"verify-{digest}.json"
+
+    def get(self, name: str, size: int, mtime_ns: int) -> str | None:
+        """The checksum of a file, if it was read and is still the same."""
+        entry = self.files.get(name)
+        return entry[2] if entry is not None and entry[:2] == [size, mtime_ns] else None
+
+    def put(self, name: str, size: int, mtime_ns: int, sha256: str) -> None:
+        with self.lock:
+            self.files[name] = [size, mtime_ns, sha256]
+            if time.monotonic() - self.saved > STATE_SECONDS:
+                self.save()
+
+    def save(self) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps({"files": self.files}, indent=0) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+        self.saved = time.monotonic()
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(value) for value in entry] == [int, int, str]
+
+
+class _Checker:
+    def __init__(self, memory: _Memory, total: int, progress: Progress | None):
+        self.memory, self.total, self.progress = memory, total, progress
+        self.done, self.lock = 0, threading.Lock()
+        self.stopped = threading.Event()
+
+    def check(self, files: list[tuple[Path, ReleaseFile]], jobs: int | None, result: Verification) -> None:
+        """Adds what it finds to `result`. However it ends, what was checked is remembered."""
+        pool = ThreadPoolExecutor(jobs or min(8, os.cpu_count() or 1), "grok1-verify")
+        try:
+            futures = [pool.submit(self.check_file, path, file, result) for path, file in files]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("What was checked is remembered: run the same command again to go on.") from None
+        finally:
+            self.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            self.memory.save()
+
+    def check_file(self, path: Path, file: ReleaseFile, result: Verification) -> None:
+        name = file.entry.file
+        try:
+            before = path.stat()
+            sha256 = self.memory.get(name, before.st_size, before.st_mtime_ns)
+            remembered = sha256 is not None
+            if sha256 is None:
+                sha256 = self.checksum(path)
+                after = path.stat()
+                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                    raise CheckpointError(f"{name}: expected a file at rest, found one that changed meanwhile")
+                self.memory.put(name, before.st_size, before.st_mtime_ns, sha256)
+            else:
+                self.advance(file.size)
+            problem = "" if sha256 == file.sha256 else f"{name}: expected SHA-256 {file.sha256}, found {sha256}"
+        except (OSError, CheckpointError) as error:
+            remembered, problem = False, error.summary if isinstance(error, CheckpointError) else f"{name}: {error}"
+        with self.lock:
+            result.remembered += remembered
+            if problem:
+                result.problems.append(problem)
+            else:
+                result.right += 1
+                result.nbytes += file.size
+
+    def checksum(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                if self.stopped.is_set():
+                    raise CheckpointError(f"{path.name}: not checked: interrupted")
+                digest.update(buffer[:count])
+                self.advance(count)
+        return digest.hexdigest()
+
+    def advance(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)
