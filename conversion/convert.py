@@ -2,7 +2,7 @@
 
     plan      what is there, what will be written, every problem at once; nothing is touched
     write     shard after shard: read slabs of a source file, dequantise and turn blocks on all cores, write in place
-    finish    config, code, tokenizer, index, card; the index comes last of what a loader needs
+    finish    config, code, tokenizer, card, and last the index: without it no loader takes the folder for a model
 
 A shard is written under a temporary name and gets its own when its bytes are on the disk. So a run that was killed is
 continued by the same command, and the folder is the same as if it had not been.
@@ -18,33 +18,31 @@ import json
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from transformers import GenerationConfig
 
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX, claimed, output_problems, sync_folder
-from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, SLAB_BYTES, Slab, as_bytes, read_slab, slab_ranges
+from modeling_grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
 from modeling_grok1.conversion.names import (
     DTYPES,
-    ITEMSIZE,
     LAYOUTS,
     GrokSizes,
+    HubTensor,
     checkpoint_entries,
     hub_tensors,
 )
 from modeling_grok1.conversion.shards import INDEX_NAME, Shard, index_text, parse_size, plan_shards
+from modeling_grok1.conversion.streaming import BlockStream, available_cores
+from modeling_grok1.conversion.tokenizer import check_supported, convert_tokenizer, read_sentencepiece
 from modeling_grok1.conversion.xai_checkpoint import (
     TensorFile,
     examine_folder,
@@ -52,6 +50,7 @@ from modeling_grok1.conversion.xai_checkpoint import (
     read_tensor_file,
     resolve_folder,
 )
+from modeling_grok1.model_card.card import write_card
 
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -59,13 +58,6 @@ TOKENIZER_HELP = (
     "Fetch it from https://github.com/xai-org/grok-1/raw/main/tokenizer.model, put it beside the checkpoint or name "
     "it with --tokenizer; --no-tokenizer goes on without."
 )
-
-# Slabs in memory at once: one is worked on while the next one is read.
-LIVE_SLABS = 2
-# Temporaries of all workers together. An element of a block needs up to 12 bytes: its float32 product, the rounded
-# product and the turned copy.
-WORK_BYTES = 192 * 2**20
-BYTES_PER_ELEMENT = 12
 
 # Code, tokenizer, card: a generous bound.
 COMPANION_BYTES = 32 * 2**20
@@ -269,8 +261,9 @@ def plan_folder(
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
     sink: Sink | None = None,
+    check_space: bool = True,
 ) -> tuple[Plan, FolderSource]:
-    """Checks everything that `convert` (see there) needs, before anything is touched.
+    """Checks everything that `convert` (see there) needs, before anything is touched; `check_space`: disk too.
 
     Raises:
         CheckpointError, ConversionError: with all problems at once.
@@ -288,18 +281,18 @@ def plan_folder(
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         problems.append(f"{out}: expected a folder outside the checkpoint, found one in {folder}")
     source = FolderSource(files)
-    if not problems and not source_problems:
-        plan, problems = make_plan(
-            source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink
-        )
-        if not problems:
-            return plan, source
-    elif out.is_dir() and any(out.iterdir()) and not (out / JOURNAL_NAME).exists():
-        problems += output_problems(out, {})
+    plan = None
+    if not setting_problems(dtype, layout, max_shard_size):
+        shard_size = parse_size(max_shard_size)
+        plan, place_problems = make_plan(source, out, grok_config, model_path, dtype, layout, shard_size, sink)
+        problems += place_problems
+        problems += space_problems(plan) if check_space else []
     if source_problems:
         next_step = "Fetch damaged or missing files again. If many shapes are wrong, the config is: see --config."
         raise CheckpointError(f"{src}: cannot be converted", source_problems + problems, next_step)
-    raise ConversionError(f"{src}: cannot be converted to {out}", problems)
+    if problems or plan is None:
+        raise ConversionError(f"{src}: cannot be converted to {out}", problems)
+    return plan, source
 
 
 def setting_problems(dtype: str, layout: str, max_shard_size: int | str) -> list[str]:
@@ -377,15 +370,11 @@ def resolve_tokenizer(
     if path is None:
         where = ", ".join(map(str, candidates))
         return None, [f"{TOKENIZER_NAME}: expected {where}, found none. {TOKENIZER_HELP}"]
-    from sentencepiece import SentencePieceProcessor
-
     try:
-        pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
-    except (RuntimeError, OSError) as error:
-        return None, [f"{path}: expected a SentencePiece model, found {error}"]
-    if pieces > vocab_size:
-        return None, [f"{path}: expected at most {vocab_size} pieces (vocab_size of the model), found {pieces}"]
-    return path, []
+        problems = check_supported(read_sentencepiece(path), vocab_size)
+    except ConversionError as error:
+        problems = error.problems or [error.summary]
+    return path, [f"{path}: {problem}" for problem in problems]
 
 
 def make_plan(
@@ -399,12 +388,13 @@ def make_plan(
     sink: Sink | None = None,
     scratch_bytes: int = 0,
 ) -> tuple[Plan, list[str]]:
-    """The plan for a source that is whole, and what is wrong with the place it goes to, one line each.
+    """The plan for a source, and what is wrong with the place it goes to but for its size, one line each.
 
     `scratch_bytes` is the disk that the source takes for itself while it is read.
     """
     sink = sink or Sink()
-    blocks = source.scale_blocks()
+    released = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(config) if entry.kind.quantised}
+    blocks = released | source.scale_blocks()
     problems = _fused_scale_problems(config, blocks) if (dtype, layout) == ("int8", "fused") else []
     shards = plan_shards(hub_tensors(config, layout, dtype, blocks).values(), max_shard_size)
     written = written_config(config, dtype, max(blocks.values()))
@@ -426,13 +416,15 @@ def make_plan(
         scratch_bytes=scratch_bytes,
         keeps_shards=sink.keeps_shards,
     )
-    free = free_bytes(out, shards)
-    if free < plan.needed_bytes:
-        problems.append(
-            f"{out}: expected {plan.needed_bytes:,} free bytes on the disk, found {free:,} "
-            f"({plan.needed_bytes - free:,} too few)"
-        )
     return plan, problems
+
+
+def space_problems(plan: Plan) -> list[str]:
+    """One line if the disk has no room for what is not finished, else none."""
+    free, needed = free_bytes(plan.out, plan.shards), plan.needed_bytes
+    if free >= needed:
+        return []
+    return [f"{plan.out}: expected {needed:,} free bytes on the disk, found {free:,} ({needed - free:,} too few)"]
 
 
 def _fused_scale_problems(config: GrokSizes, blocks: dict[int, int]) -> list[str]:
@@ -486,7 +478,7 @@ def run(
     """
     sink = sink or Sink()
     try:
-        with claimed(plan.out, plan.record), _single_threaded_operators():
+        with claimed(plan.out, plan.record):
             # Another run may have worked there between the plan and the lock.
             finished = frozenset(shard.name for shard in plan.shards if sink.has(shard, plan.out))
             plan = dataclasses.replace(plan, finished=finished)
@@ -498,22 +490,6 @@ def run(
             sink.folder_finished(plan.out)
     except OSError as error:
         raise _unwritable(plan.out, error) from error
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _single_threaded_operators() -> Iterator[None]:
-    """The workers are the threads: torch must not start more inside each operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _unwritable(out: Path, error: OSError) -> ConversionError:
@@ -531,12 +507,8 @@ class _Writer:
 
     def __init__(self, plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | None):
         self.plan, self.source, self.sink = plan, source, sink
-        self.workers = ThreadPoolExecutor(jobs, "grok1-convert")
+        self.blocks = BlockStream(jobs)
         self.finisher = ThreadPoolExecutor(1, "grok1-finish")
-        self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
-        self.live: deque[list[Future[None]]] = deque()
-        # Untouched pages of them take no memory.
-        self.buffers = deque(np.empty(SLAB_BYTES, np.uint8) for _ in range(LIVE_SLABS))
         self.progress, self.progress_lock = progress, threading.Lock()
         self.done, self.total = plan.finished_bytes, plan.nbytes
 
@@ -544,7 +516,7 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.workers.shutdown(cancel_futures=True)
+        self.blocks.close()
         self.finisher.shutdown()
 
     def write(self) -> None:
@@ -559,11 +531,12 @@ class _Writer:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 files = {index: self.source.open(index) for index in needed[position]}
-                self.fill(descriptor, shard, files)
+                write_at(descriptor, memoryview(shard.header), 0)
+                self.blocks.run(shard, files, partial(self.write_block, descriptor))
                 if finishing is not None:
                     finishing.result()
             except BaseException:
-                self.workers.shutdown(cancel_futures=True)
+                self.blocks.close()
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 raise
@@ -571,50 +544,24 @@ class _Writer:
         if finishing is not None:
             finishing.result()
 
-    def fill(self, descriptor: int, shard: Shard, files: dict[int, TensorFile]) -> None:
-        """Writes the header and every tensor of a shard in place."""
-        write_at(descriptor, memoryview(shard.header), 0)
-        for tensor in shard.tensors:
-            for part in tensor.parts:
-                file = files[part.entry.index]
-                base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
-                for start, stop in slab_ranges(file, part):
-                    slab = read_slab(file, part, start, stop, self.next_buffer())
-                    self.live.append(
-                        [
-                            self.workers.submit(self.write_block, descriptor, slab, first, last, tensor.dtype, base)
-                            for first, last in slab.blocks(self.block_elements)
-                        ]
-                    )
-        while self.live:
-            wait_for(self.live.popleft())
-
-    def next_buffer(self) -> np.ndarray:
-        """Memory for a slab that no worker uses any more. Fresh memory costs more than the reading."""
-        while len(self.live) >= LIVE_SLABS:
-            wait_for(self.live.popleft())
-        self.buffers.rotate()
-        return self.buffers[0]
-
-    def write_block(self, descriptor: int, slab: Slab, first: int, last: int, dtype: str, base: int) -> None:
-        rows = as_bytes(slab.rows(first, last, dtype))
-        write_at(descriptor, rows, base + first * (len(rows) // (last - first)))
-        self.advance(len(rows))
+    def write_block(self, descriptor: int, _: HubTensor, position: int, data: memoryview) -> None:
+        write_at(descriptor, data, position)
+        self.advance(len(data))
 
     def finish(self, descriptor: int, shard: Shard, files: dict[int, TensorFile], unneeded: set[int]) -> None:
         """Gives a shard its final name when its bytes are on the disk and its sources are still what was read."""
         path = self.plan.out / shard.name
-        partial = path.with_name(f"{shard.name}{PARTIAL_SUFFIX}")
+        unfinished = path.with_name(f"{shard.name}{PARTIAL_SUFFIX}")
         try:
             os.fsync(descriptor)
             for file in files.values():
                 file.check_unchanged()
         except BaseException:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
-        os.replace(partial, path)
+        os.replace(unfinished, path)
         sync_folder(self.plan.out)
         self.sink.shard_finished(path)
         for index in sorted(unneeded):
@@ -632,11 +579,6 @@ def source_files(shard: Shard) -> list[int]:
     return list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
 
 
-def wait_for(futures: list[Future[None]]) -> None:
-    for future in futures:
-        future.result()
-
-
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes all bytes of `data` at a position of a file; safe from several threads."""
     done = 0
@@ -649,7 +591,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def write_companions(plan: Plan) -> None:
-    """Everything that is not a shard. The index comes last of what a loader needs, the card last of all."""
+    """Everything that is not a shard. The index comes last: without it no loader takes the folder for a model."""
     staging = plan.out / f".companions{PARTIAL_SUFFIX}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -663,7 +605,7 @@ def write_companions(plan: Plan) -> None:
 
 
 def companion_files(folder: Path, plan: Plan) -> list[str]:
-    """Writes config, generation config, code, tokenizer, LICENSE and index; returns their names, the index last."""
+    """Writes config, code, tokenizer, card, LICENSE and index to `folder`; returns their names, the index last."""
     plan.config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=plan.config.bos_token_id,
@@ -676,9 +618,9 @@ def companion_files(folder: Path, plan: Plan) -> list[str]:
     license_text = resources.files("modeling_grok1.model_card").joinpath("LICENSE")
     (folder / "LICENSE").write_bytes(license_text.read_bytes())
     if plan.tokenizer is not None:
-        from modeling_grok1.conversion.tokenizer import convert_tokenizer
-
         convert_tokenizer(plan.tokenizer, folder, plan.config.vocab_size)
+    tensors = {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
+    write_card(folder, tensors=tensors, shards=[shard.nbytes for shard in plan.shards])
     names = sorted(path.name for path in folder.iterdir())
     (folder / INDEX_NAME).write_text(index_text(plan.shards), encoding="utf-8")
     return [*names, INDEX_NAME]

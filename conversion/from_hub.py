@@ -33,6 +33,7 @@ from modeling_grok1.conversion.convert import (
     resolve_tokenizer,
     setting_problems,
     source_files,
+    space_problems,
 )
 from modeling_grok1.conversion.errors import CheckpointError, ConversionError
 from modeling_grok1.conversion.names import Entry, checkpoint_entries
@@ -334,6 +335,7 @@ def plan_hub(
             *(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink),
             scratch_bytes=scratch_bytes if discard else 0,
         )
+        problems += space_problems(plan)
         needed = scratch_needed([source_files(shard) for shard in plan.shards], files)
         if discard and needed > scratch_bytes:
             problems.append(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import pickletools
-import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,20 +17,25 @@ from typing import Any, ClassVar, NoReturn
 from modeling_grok1.conversion.names import ITEMSIZE
 
 
-_RECONSTRUCT = "numpy.core.multiarray._reconstruct"
-_NDARRAY = "numpy.ndarray"
-_DTYPE = "numpy.dtype"
-_BFLOAT16 = "ml_dtypes.bfloat16"
-_QUANTIZED = "__main__.QuantizedWeight8bit"
-GLOBALS = frozenset({_RECONSTRUCT, _NDARRAY, _DTYPE, _BFLOAT16, _QUANTIZED})
+@dataclass(frozen=True)
+class _Global:
+    """A global by its name; it is never looked up."""
+
+    module: str
+    name: str
+
+
+_RECONSTRUCT = _Global("numpy.core.multiarray", "_reconstruct")
+_NDARRAY = _Global("numpy", "ndarray")
+_DTYPE = _Global("numpy", "dtype")
+_BFLOAT16 = _Global("ml_dtypes", "bfloat16")
+_QUANTIZED = _Global("__main__", "QuantizedWeight8bit")
+_GLOBALS = frozenset({_RECONSTRUCT, _NDARRAY, _DTYPE, _BFLOAT16, _QUANTIZED})
 
 # A file of the release has about 100 opcodes, and its longest string has 21 characters.
 _MAX_OPCODES = 1000
 _WINDOW = 4096
 _OPCODE_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
-# GLOBAL and INST, the opcodes that spell a global in two lines of text. Protocol 4 does not write them.
-_TEXT_GLOBAL = re.compile(rb"[ci]([\w.]{1,200})\n([\w.]{1,200})\n")
-
 _DOWNLOAD_AGAIN = "The download is not finished or is damaged: fetch the file again."
 _NEVER_UNPICKLE = "Nothing was executed. Do not load this file with pickle: it is not xAI's."
 
@@ -88,19 +92,28 @@ def _check_beginning(head: bytes, size: int) -> None:
         raise RefusedPickleError(expected, f"a file that begins with {head[:16]!r}")
 
 
-def _refuse_global(name: str) -> NoReturn:
+def _refuse_global(found: _Global) -> NoReturn:
+    name = f"{found.module}.{found.name}"[:200]
+    name = name if name.isprintable() else ascii(name)
     raise RefusedPickleError(
-        "only numpy arrays and QuantizedWeight8bit", f"a pickle that refers to {name[:200]}", _NEVER_UNPICKLE
+        "only numpy arrays and QuantizedWeight8bit", f"a pickle that refers to {name}", _NEVER_UNPICKLE
     )
 
 
 def _refuse_text_global(data: bytes) -> None:
-    """Refuses by name the first global that `data` spells in the way of protocols 0 to 3, if it is a foreign one."""
-    named = _TEXT_GLOBAL.search(data)
-    if named:
-        name = f"{named[1].decode(errors='replace')}.{named[2].decode(errors='replace')}"
-        if name not in GLOBALS:
-            _refuse_global(name)
+    """Refuses by name the first foreign global that `data` spells in the way of protocols 0 to 3, if there is one."""
+    foreign = None
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("GLOBAL", "INST"):
+                found = _Global(*str(argument).split(" ", 1))
+                if found not in _GLOBALS:
+                    foreign = found
+                    break
+    except ValueError:
+        pass  # `data` is only the beginning of a file.
+    if foreign is not None:
+        _refuse_global(foreign)
 
 
 class _Cursor:
@@ -154,11 +167,6 @@ class _Cursor:
 
 
 # The values on the stack: int, bool, None, str, tuple, and these.
-
-
-@dataclass(frozen=True)
-class _Global:
-    name: str
 
 
 @dataclass(frozen=True)
@@ -327,24 +335,24 @@ class _Walker:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
             raise RefusedPickleError("the name of a global", "another object")
-        full = f"{module}.{name}"
-        if full not in GLOBALS:
-            _refuse_global(full)
-        self.push(_Global(full))
+        found = _Global(module, name)
+        if found not in _GLOBALS:
+            _refuse_global(found)
+        self.push(found)
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        if _is(function, _Global(_RECONSTRUCT)):
+        if _is(function, _RECONSTRUCT):
             if (
                 type(arguments) is not tuple
                 or len(arguments) != 3
-                or not _is(arguments[:2], (_Global(_NDARRAY), (0,)))
+                or not _is(arguments[:2], (_NDARRAY, (0,)))
                 or not isinstance(arguments[2], _Payload)
                 or arguments[2].first != b"b"
             ):
                 raise RefusedPickleError("_reconstruct(ndarray, (0,), b'b')", "other arguments")
             self.push(ArrayPlace())
-        elif _is(function, _Global(_DTYPE)):
+        elif _is(function, _DTYPE):
             if type(arguments) is not tuple or len(arguments) != 3 or not _is(arguments[1:], (False, True)):
                 raise RefusedPickleError("dtype(name, False, True)", "other arguments")
             self.push(_Dtype(self.dtype_code(arguments[0])))
@@ -354,7 +362,7 @@ class _Walker:
     @staticmethod
     def dtype_code(code: Any) -> str:
         known = {"f4": "float32", "i1": "int8"}
-        if _is(code, _Global(_BFLOAT16)):
+        if _is(code, _BFLOAT16):
             return "bfloat16"
         if type(code) is str and code in known:
             return known[code]
@@ -366,7 +374,7 @@ class _Walker:
 
     def new_object(self) -> None:
         arguments, cls = self.pop(), self.pop()
-        if not _is(cls, _Global(_QUANTIZED)) or not _is(arguments, ()):
+        if not _is(cls, _QUANTIZED) or not _is(arguments, ()):
             raise RefusedPickleError("QuantizedWeight8bit()", "another new object, or arguments")
         self.push(_Quantized())
 

@@ -2,15 +2,16 @@
 
     python examples/train_demo.py --text tinyshakespeare.txt --out out/demo
 
-The text is the usual 1.1 MB of Shakespeare (any plain text that contains the passages will do). OUT receives what lies
-in modeling_grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and training.json;
-OUT/hf keeps the float32 model as trained. The checkpoint is then converted back, and the run fails unless it recites
-every passage in float32 and in bfloat16 and uses all of its experts. About twenty minutes on two idle cores.
+The text is the usual 1.1 MB of Shakespeare (any plain text that contains the passages will do). OUT/demo receives what
+lies in modeling_grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and
+training.json; OUT/hf keeps the float32 model as trained. The checkpoint is converted back, and the run fails unless it
+recites every passage in float32 and in bfloat16 and uses all of its experts. About twenty minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -21,10 +22,13 @@ from pathlib import Path
 import sentencepiece
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
+from modeling_grok1.conversion.convert import convert
+from modeling_grok1.conversion.export_xai import export_xai
+from modeling_grok1.conversion.tokenizer import convert_tokenizer
 
 
 DEMO = Path(__file__).resolve().parent.parent / "modeling_grok1" / "demo"
@@ -60,6 +64,7 @@ class Settings:
     # begins at ln V.
     initializer_range: float = 128**-0.5
     scale_blocks: int = 8
+    threads: int = 1  # sums are taken in another order with more
 
 
 def train_tokenizer(text: str, vocab_size: int) -> bytes:
@@ -77,8 +82,14 @@ def train_tokenizer(text: str, vocab_size: int) -> bytes:
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         user_defined_symbols=USER_DEFINED,
-        **{f"{name.lower()}_id": i for i, name in enumerate(("PAD", "BOS", "EOS", "UNK"))},
-        **{f"{name.lower()}_piece": f"[{name}]" for name in ("PAD", "BOS", "EOS", "UNK")},
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[BOS]",
+        eos_piece="[EOS]",
+        unk_piece="[UNK]",
         unk_surface="[UNK]",
         num_threads=1,
         minloglevel=2,
@@ -154,5 +165,110 @@ def train(text: str, openings: list[str], tokenizer: sentencepiece.SentencePiece
         disable_tqdm=True,
     )
     LayerwiseBalanceTrainer(model=model, args=arguments, train_dataset=Windows(tokenizer, text, openings, s)).train()
-    model.config.output_router_logits = False
+    # What served the training only.
+    model.config.output_router_logits, model.config.use_cache = False, True
+    model.config.router_aux_loss_coef = GrokConfig.router_aux_loss_coef
     return model.eval()
+
+
+def export(model: Grok1ForCausalLM, tokenizer_model: bytes, out: Path, s: Settings) -> Path:
+    """The float32 model in OUT/hf, and the demonstration checkpoint in OUT/demo, its matrices int8 with scales."""
+    hub, demo = out / "hf", out / "demo"
+    model.save_pretrained(hub)
+    (hub / "tokenizer.model").write_bytes(tokenizer_model)
+    convert_tokenizer(hub / "tokenizer.model", hub, model.config.vocab_size)
+    export_xai(hub, demo, scale_blocks=s.scale_blocks)
+    return demo
+
+
+def recited_words(model: Grok1ForCausalLM, tokenizer, passage: dict[str, str]) -> int:
+    """How many words of the continuation greedy decoding gives back before it first goes astray."""
+    prompt = tokenizer(passage["opening"], return_tensors="pt")
+    with_continuation = tokenizer(passage["opening"] + passage["continuation"])["input_ids"]
+    length = len(with_continuation) - prompt["input_ids"].shape[1] + 1  # one more: the last word must end
+    output = model.generate(**prompt, max_new_tokens=length, do_sample=False, eos_token_id=None)[0]
+    found = tokenizer.decode(output)[len(passage["opening"]) :].split()
+    expected = passage["continuation"].split()
+    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+
+
+@torch.no_grad()
+def perplexity_and_usage(model: Grok1ForCausalLM, ids: torch.Tensor, s: Settings) -> tuple[float, float]:
+    """On 64 windows evenly spaced over the text: perplexity, and the smallest share of the tokens' visits that an
+    expert gets in any layer (1/8 where all are equal)."""
+    starts = torch.linspace(0, len(ids) - s.window - 1, 64).long().tolist()
+    losses, visits = [], torch.zeros(1)
+    for start in starts:
+        window = ids[None, start : start + s.window]
+        outputs = model(input_ids=window, labels=window, output_router_logits=True)
+        losses.append(outputs.loss.item() - model.config.router_aux_loss_coef * outputs.aux_loss.item())
+        chosen = torch.stack(outputs.router_logits).topk(model.config.num_experts_per_tok).indices  # L N k
+        visits = visits + torch.nn.functional.one_hot(chosen, model.config.num_experts).sum((1, 2))  # L E
+    shares = visits / visits.sum(-1, keepdim=True)
+    return math.exp(sum(losses) / len(losses)), shares.min().item()
+
+
+def check(demo: Path, passages: list[dict[str, str]], text: str, s: Settings) -> dict[str, dict[str, object]]:
+    """What the checkpoint can do after conversion, by precision. Raises RuntimeError where it fails."""
+    results: dict[str, dict[str, object]] = {}
+    for dtype in ("float32", "bfloat16"):
+        folder = demo.parent / f"converted-{dtype}"
+        convert(demo, folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        words = [recited_words(model, tokenizer, passage) for passage in passages]
+        perplexity, usage = perplexity_and_usage(model, torch.tensor(tokenizer(text)["input_ids"]), s)
+        results[dtype] = {
+            "recited_words": words,
+            "held_in_perplexity": round(perplexity, 3),
+            "least_used_expert": round(usage, 4),
+        }
+        print(dtype, results[dtype])
+        shutil.rmtree(folder)
+        whole = [len(passage["continuation"].split()) for passage in passages]
+        if words != whole:
+            raise RuntimeError(f"{dtype}: recites {words} of {whole} words of the passages; train longer.")
+        if usage < 0.03:
+            raise RuntimeError(
+                f"{dtype}: an expert sees {usage:.1%} of the tokens of a layer; raise the balance loss."
+            )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="plain text that contains the passages")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists already")
+
+    settings = Settings()
+    torch.set_num_threads(settings.threads)
+    text = arguments.text.read_text(encoding="utf-8")
+    passages = json.loads((DEMO / "passages.json").read_text(encoding="utf-8"))
+    absent = [passage["opening"] for passage in passages if passage["opening"] + passage["continuation"] not in text]
+    if absent:
+        parser.error(f"{arguments.text} lacks the passages that begin: {absent}")
+
+    tokenizer_model = train_tokenizer(text, GrokConfig.from_pretrained(PRESET).vocab_size)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
+    openings = [passage["opening"] for passage in passages]
+    model = train(text, openings, tokenizer, settings, arguments.out)
+    demo = export(model, tokenizer_model, arguments.out, settings)
+    results = check(demo, passages, text, settings)
+
+    shutil.copyfile(DEMO / "passages.json", demo / "passages.json")
+    record = {
+        "settings": asdict(settings),
+        "tokens_seen": settings.steps * settings.batch_size * settings.window,
+        "text": {"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "parameters": model.num_parameters(),
+        "after_conversion": results,
+    }
+    (demo / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"{demo}: to ship it, put it in the place of {DEMO}")
+
+
+if __name__ == "__main__":
+    main()

@@ -51,9 +51,6 @@ GROUPS = {
 }
 GIB = 1 << 30
 DEVICE = 80 * 10**9  # bytes; a tenth of it is left for activations and buffers
-# Bytes of a 4-bit weight in bitsandbytes: half a byte, and a float32 scale for each block of 64. (At 8 bit: one byte,
-# and a float32 scale for each output row.)
-NF4_BYTES = 0.5 + 4 / 64
 
 
 class Tensor(Protocol):
@@ -329,6 +326,7 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
     outputs = (table.num_attention_heads * table.head_dim + 2 * kv + table.hidden_size) + table.num_experts * (
         2 * table.intermediate_size + table.hidden_size
     )
+    matrices = layers * (4 + 3 * table.num_experts)
     int8 = hub_tensors(table, "hub", "int8").values()
     scales = sum(tensor.nbytes for tensor in int8 if tensor.parts[0].field == "scales")
     cache = 2 * layers * kv * table.max_position_embeddings * 2
@@ -336,8 +334,10 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
         Memory("float32", 4 * parameters, 2 * cache),
         Memory("bfloat16", others + 2 * quantised, cache),
         Memory("int8, xAI's own values", others + quantised + scales, cache),
+        # A float32 scale for each output row.
         Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache),
-        Memory("4 bit (nf4), bitsandbytes", others + int(quantised * NF4_BYTES), cache),
+        # Half a byte, a float32 scale for each block of 64, and a code of 16 float32 numbers for each matrix.
+        Memory("4 bit (nf4), bitsandbytes", others + quantised // 2 + 4 * -(-quantised // 64) + 64 * matrices, cache),
     )
 
 

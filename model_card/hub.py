@@ -43,8 +43,8 @@ except Exception as error:
     print(f"problem config.json and code: {type(error).__name__}: {error}".replace("\\n", " "))
 if tokenizer:
     try:
-        loaded = AutoTokenizer.from_pretrained(folder)
-        text = "def f(x):\\n    return x  # \\u2581 caf\\u00e9"
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        text = "def f(x):\\n    return x  # caf\\u00e9 \\u4f60"
         found = loaded.decode(loaded(text)["input_ids"])
         if found != text:
             print(f"problem tokenizer.json: expected {text!r} back, found {found!r}")
@@ -222,6 +222,7 @@ def _clean_load(folder: Path) -> list[str]:
             [sys.executable, "-I", "-W", "ignore", "-c", CLEAN_LOAD, str(folder.resolve()), str(has_tokenizer)],
             cwd=home,
             env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )

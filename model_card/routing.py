@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, made to be told apart with every kind of colour vision (https://jfly.uni-koeln.de/color/).
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
-DARK = {"#0072B2", "#D55E00", "#000000", "#009E73"}
+DARK = {"#0072B2", "#000000"}
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 

@@ -370,6 +370,9 @@ class Grok1LinearExperts(nn.ModuleList):
     def __init__(self, config: GrokConfig):
         super().__init__(Grok1Expert(config) for _ in range(config.num_experts))
 
+    @torch.compiler.disable(
+        reason="which linear experts run is known only after the router: use `experts_layout='fused'` for one full graph"
+    )
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `Grok1Experts.forward`."""
         output = torch.zeros_like(x)
@@ -545,9 +548,26 @@ class Grok1PreTrainedModel(PreTrainedModel):
             for layer_idx, layer in enumerate(model.base_model.layers):
                 layer.block_sparse_moe.experts.store = model.expert_store
                 layer.block_sparse_moe.experts.layer_idx = layer_idx
-        return PreTrainedModel._load_pretrained_model(
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
+        if expected_keys is None and model.experts_layout == LINEAR and model.experts_on is None:
+            fused = sorted(key for key in loading_info.unexpected_keys if key.endswith(".experts.gate_up_proj"))
+            if fused:
+                raise ValueError(
+                    f"`experts_layout='linear'` reads a matrix an expert, and {load_config.pretrained_model_name_or_path!r}"
+                    f" holds fused experts (`{fused[0]}`): load it with `experts_layout='fused'` and save it, which "
+                    "writes a matrix an expert."
+                )
+        if expected_keys is None and load_config.hf_quantizer is None:
+            # Transformers keeps the conversions that this checkpoint needed. Saving separates the experts whatever
+            # was loaded.
+            model._weight_conversions = [
+                conversion
+                for conversion in load_config.weight_mapping
+                if conversion.was_used() or isinstance(conversion, WeightConverter)
+            ]
+        return loading_info, offload_index
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
         """As in Transformers. Raises ValueError with `experts_on`: the experts are not in the model."""

@@ -106,7 +106,7 @@ def reduced_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, e
     # Inductor sums up to 1024 numbers in vector registers; for more it takes a slow compensated sum.
     pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= 1024)
     # as_strided makes Inductor store x once instead of computing it again for each of the N outputs.
-    x32 = x.float().as_strided(x.shape, (K, 1)).unflatten(-1, (pieces, -1)).unsqueeze(1)
+    x32 = x.float().contiguous().as_strided(x.shape, (K, 1)).unflatten(-1, (pieces, -1)).unsqueeze(1)
     sums = (weight[experts].unflatten(-1, (pieces, -1)).float() * x32).sum(dim=-1)
     return (sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].float()).sum(dim=-1).to(x.dtype)
 
@@ -357,6 +357,11 @@ class Grok1Int8Quantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        # Transformers drops a tied head by its memory, which tensor parallelism hides.
+        state_dict = model.state_dict()
+        return {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}, {}
 
     def get_quantize_ops(self) -> ConversionOps:
         return Int8Quantise(self.quantization_config.scale_blocks)

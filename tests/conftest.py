@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,3 +109,45 @@ def small_config() -> GrokConfig:
         attn_output_multiplier=8**-0.5,
         embedding_multiplier_scale=32**0.5,
     )
+
+
+@pytest.fixture(scope="session")
+def read_tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """read_tensors(folder): every tensor of a folder's safetensors by its name."""
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors.update(load_file(file))
+        return tensors
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def aliased(
+    converted: Callable[[str, str], Path],
+    read_tensors: Callable[[Path], dict[str, torch.Tensor]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str, str], Path]:
+    """aliased("tiny-1", "float32", "keyfan"): a converted folder under the names of another repository."""
+
+    @cache
+    def folder(name: str, dtype: str, layout: str) -> Path:
+        from modeling_grok1.conversion.names import hub_tensors
+
+        source = converted(name, dtype)
+        config = GrokConfig.from_pretrained(source)
+        theirs = {
+            tensor.parts: key for key, tensor in hub_tensors(config, layout, dtype).items() if key != "lm_head.weight"
+        }
+        tensors = read_tensors(source)
+        renamed = {"lm_head.weight": tensors.pop("lm_head.weight")}
+        ours = hub_tensors(config, "hub", dtype)
+        renamed.update({theirs[ours[key].parts]: tensor for key, tensor in tensors.items()})
+        out = tmp_path_factory.mktemp(f"{name}-{dtype}-{layout}")
+        save_file(renamed, out / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(out)
+        return out
+
+    return folder

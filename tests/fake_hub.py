@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks the API as huggingface_hub 2.4 uses it, keeps everything in memory, and fails on demand.
+"""A hub on loopback that speaks the API as huggingface_hub 2.4 uses it, keeps all in memory, and fails on demand.
 
     with FakeHub() as hub:
         hub.add_file("user/name", "config.json", b"{}")
@@ -7,8 +7,8 @@
         hub.patch(monkeypatch)                                 # or this one
         hub.files("user/name"), hub.commits("user/name"), hub.requests
 
-Uploads: repos/create, branch, preupload, LFS batch (basic; multipart above `part_size`), NDJSON commits. Downloads: model
-info, tree, paths-info, resolve (LFS files by a redirect to /cdn/ with Range, ETag and the linked size and SHA-256).
+Uploads: repos/create, branch, preupload, LFS batch (basic; multipart above `part_size`), NDJSON commits. Downloads:
+model info, tree, paths-info, resolve (LFS files by a redirect to /cdn/ with Range, ETag, linked size and SHA-256).
 A read of a private repository and every write need the token.
 """
 
@@ -116,7 +116,7 @@ def is_lfs(path: str, size: int, sample: bytes) -> bool:
 
 
 class FakeHub:
-    """The server. `objects` holds the bytes of LFS files by SHA-256; `requests` lists (method, path, status, range)."""
+    """The server. `objects` holds the bytes of LFS files by SHA-256; `requests` all (method, path, status, range)."""
 
     def __init__(self, part_size: int | None = None, xet_store: Path | None = None):
         """
@@ -159,7 +159,7 @@ class FakeHub:
         return environment
 
     def patch(self, monkeypatch: Any, token: str | None = TOKEN) -> None:
-        """Point this process, where huggingface_hub is imported already, at the server; waits between retries vanish."""
+        """Point this process, where huggingface_hub is imported, at the server; retries do not wait."""
         import huggingface_hub.constants as constants
         import huggingface_hub.utils._http as http
 
@@ -372,7 +372,11 @@ class _Handler(BaseHTTPRequestHandler):
         if blob is None:
             self.answer(404, {"error": "Entry not found"}, {**headers, "X-Error-Code": "EntryNotFound"})
         elif blob.lfs:
-            headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.sha256}"', "ETag": f'"{blob.git_oid}"'}
+            headers |= {
+                "X-Linked-Size": str(blob.size),
+                "X-Linked-ETag": f'"{blob.sha256}"',
+                "ETag": f'"{blob.git_oid}"',
+            }
             # Another host, as the real one: the client follows a redirect within the hub while it asks for metadata.
             storage = self.hub.endpoint.replace("127.0.0.1", "localhost")
             self.answer(302, b"", {**headers, "Location": f"{storage}/cdn/{blob.sha256}"})
@@ -511,7 +515,9 @@ class _Handler(BaseHTTPRequestHandler):
             paths.append(path)
         repo.branches[branch] = changed
         oid = self.hub.commit(repo, branch, header["value"]["summary"], tuple(paths))
-        self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"})
+        self.answer(
+            200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"}
+        )
 
     def validate_yaml(self, body: bytes) -> None:
         content = json.loads(body)["content"]

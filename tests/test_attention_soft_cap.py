@@ -1,4 +1,4 @@
-"""30 * tanh(s / 30) is in every attention implementation that the model offers; the one that cannot do it is refused."""
+"""30 * tanh(s / 30) is in every attention implementation that the model offers; what cannot do it is refused."""
 
 import pytest
 import torch

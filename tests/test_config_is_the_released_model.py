@@ -50,7 +50,13 @@ RELEASED = {
     "eos_token_id": 2,
 }
 # An engine that finds null here crashes.
-NEVER_NULL = ("moe_intermediate_size", "head_dim", "attn_logit_softcapping", "max_attn_value", "router_logit_softcapping")
+NEVER_NULL = (
+    "moe_intermediate_size",
+    "head_dim",
+    "attn_logit_softcapping",
+    "max_attn_value",
+    "router_logit_softcapping",
+)
 
 
 def saved(config: GrokConfig, folder) -> dict:

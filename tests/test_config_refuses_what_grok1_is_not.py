@@ -69,7 +69,9 @@ def test_what_was_found_and_expected_is_said_for_all_problems_at_once():
     with pytest.raises(ValueError) as refusal:
         GrokConfig(hidden_act="silu", norm_topk_prob=True, router_logit_softcapping=30.0, num_key_value_heads=0)
     message = str(refusal.value)
-    assert "`hidden_act`: expected 'gelu_pytorch_tanh' (jax.nn.gelu is the tanh approximation), found 'silu'" in message
+    assert (
+        "`hidden_act`: expected 'gelu_pytorch_tanh' (jax.nn.gelu is the tanh approximation), found 'silu'" in message
+    )
     assert "`norm_topk_prob`: expected False" in message
     assert "`router_logit_softcapping`: expected 0.0" in message
     assert "`num_key_value_heads`: expected a positive number, found 0" in message

@@ -81,8 +81,12 @@ def test_a_contradiction_is_refused_in_overrides(folder, field, twin, value, oth
 def test_all_contradictions_are_named_at_once():
     with pytest.raises(ValueError, match=r"num_local_experts.*max_attn_value.*rope_theta"):
         GrokConfig(
-            **{"num_experts": 4, "num_local_experts": 8, "attn_logit_softcapping": 1.0, "max_attn_value": 2.0},
-            **{"rope_theta": 1e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            num_experts=4,
+            num_local_experts=8,
+            attn_logit_softcapping=1.0,
+            max_attn_value=2.0,
+            rope_theta=1e5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         )
 
 

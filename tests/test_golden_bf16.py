@@ -130,9 +130,7 @@ def test_rotary_embedding(generator, small_config):
     x = normal(generator, 1, 4, 5, 64)
     angle = positions[0, :, None].double() * 10000.0 ** (-torch.arange(0, 64, 2).double() / 64)
     left, right = x.double()[..., :32], x.double()[..., 32:]
-    expected = torch.cat(
-        (left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), dim=-1
-    )
+    expected = torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), dim=-1)
     # Angles of thousands are float32 products, exact to 1e-3 and less: xAI's are too.
     near = expected[..., :4, :]
     assert_same_but_for_ties(apply_rotary(x, cos, sin)[..., :4, :], near, exact=0.99)

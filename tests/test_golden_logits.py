@@ -1,4 +1,4 @@
-"""Float32 reproduces xAI's logits and greedy tokens, through the converter, in every layout and experts implementation."""
+"""Float32 reproduces xAI's logits and greedy tokens through the converter, with every kind of experts."""
 
 import pytest
 import torch

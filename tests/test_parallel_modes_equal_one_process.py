@@ -1,6 +1,7 @@
 """Tensor, expert, pipeline and data parallelism over real processes (gloo, on the CPU) give what one process gives."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from distributed.small_grok import LAYERS, prompt, rename_as_hpcai, save_small_g
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modeling_grok1 import GrokConfig
+from modeling_grok1.cli.plan import Gpus, Request, make_plan
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
@@ -188,6 +191,22 @@ def test_each_rank_holds_its_share_only(two, name, parameter, whole, here):
     for rank in two:
         seen = rank[name]["parameters"][f"model.layers.0.{parameter}"]
         assert (seen["whole"], seen["here"]) == (whole, here)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "precision"),
+    [("tp", "tp", "float32"), ("tp-ep", "ep", "float32"), ("pp", "pp", "float32"), ("int8-tp", "tp", "int8")],
+)
+def test_each_rank_holds_the_bytes_that_grok1_plan_said(two, folders, name, parallel, precision):
+    config = GrokConfig.from_pretrained(folders["float32"])
+    plan = make_plan(Request(config, Gpus(2, 1, 80 * 10**9), precision, context=64, parallel=parallel))
+    for rank, share in zip(two, plan.shares, strict=True):
+        # int8 was loaded in float32, for the logits: its embedding is twice as large as planned.
+        held = sum(
+            math.prod(seen["here"]) * (2 if precision == "int8" and "embed" in key else seen["dtype"].itemsize)
+            for key, seen in rank[name]["parameters"].items()
+        )
+        assert share.weights == pytest.approx(held, rel=0.05)
 
 
 def test_a_pipeline_rank_holds_its_layers_only(two):

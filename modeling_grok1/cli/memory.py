@@ -128,6 +128,8 @@ def meta_model(config: "GrokConfig", dtype: str, experts_layout: str | None = No
 
     # A copy: building a model writes its dtype and its layout into the config.
     config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the precision is the caller's to choose, whatever the folder holds
     with torch.device("meta"):
         return Grok1ForCausalLM._from_config(config, dtype=getattr(torch, dtype), experts_layout=experts_layout).eval()
 
@@ -217,16 +219,17 @@ def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Me
             layers[int(name.split(".")[2])] += size
 
     # Activations do not add up over layers in inference: one layer has the peak. It holds that layer's cache too.
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    model = meta_model(one, layout.dtype)
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
+    model = meta_model(one_layer, layout.dtype)
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
-    cache = DynamicCache(config=one)
+    cache = DynamicCache(config=one_layer)
     activations = peak_bytes(
         lambda: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1),
         given=[tokens, *model.parameters(), *model.buffers()],
     )
-    cached = sum(tensor.nbytes for tensor in (cache.layers[0].keys, cache.layers[0].values))
+    layer: Any = cache.layers[0]
+    cached = layer.keys.nbytes + layer.values.nbytes
     activations -= cached
     if layout.dequantizes:
         activations += largest_unpacked

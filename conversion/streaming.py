@@ -1,0 +1,115 @@
+"""Every byte of a shard, derived from the source block by block, on all cores and in bounded memory.
+
+One thread reads slabs of the source files, the workers dequantise and turn blocks of them. The converter writes the
+blocks, the verification compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, SLAB_BYTES, Slab, as_bytes, read_slab, slab_ranges
+from modeling_grok1.conversion.names import ITEMSIZE, HubTensor
+from modeling_grok1.conversion.shards import Shard
+from modeling_grok1.conversion.xai_checkpoint import TensorFile
+
+
+# Slabs in memory at once: one is worked on while the next one is read.
+LIVE_SLABS = 2
+# Temporaries of all workers together. An element of a block needs up to 12 bytes: its float32 product, the rounded
+# product and the turned copy.
+WORK_BYTES = 192 * 2**20
+BYTES_PER_ELEMENT = 12
+
+# Called from any worker with a tensor of the shard, a position in the file, and the bytes that belong there.
+Consumer = Callable[[HubTensor, int, memoryview], None]
+
+
+class BlockStream:
+    """Worker threads, and the memory that they work in. A context manager: leaving it waits for running blocks.
+
+    Args:
+        jobs: worker threads.
+    """
+
+    def __init__(self, jobs: int):
+        self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
+        self.threads_before = torch.get_num_threads()
+        # The workers are the threads: torch must not start more inside each operator.
+        torch.set_num_threads(1)
+        self.workers = ThreadPoolExecutor(jobs, "grok1-blocks")
+        self.live: deque[list[Future[None]]] = deque()
+        _keep_freed_memory()
+        # Pages of them that are never touched take no memory.
+        self.buffers = deque(np.empty(SLAB_BYTES, np.uint8) for _ in range(LIVE_SLABS))
+
+    def __enter__(self) -> BlockStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drops blocks that have not begun and waits for those that have."""
+        self.workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads_before)
+
+    def run(self, shard: Shard, files: Mapping[int, TensorFile], consume: Consumer) -> None:
+        """Derives all tensors of a shard and hands every block to `consume`, in no order.
+
+        Args:
+            shard: what to derive.
+            files: the source files that its parts come from, by index.
+            consume: sees each byte after the header once; what it raises is raised here.
+        """
+        for tensor in shard.tensors:
+            for part in tensor.parts:
+                file = files[part.entry.index]
+                base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
+                for start, stop in slab_ranges(file, part):
+                    slab = read_slab(file, part, start, stop, self._next_buffer())
+                    self.live.append(
+                        [
+                            self.workers.submit(_derive, consume, tensor, slab, first, last, base)
+                            for first, last in slab.blocks(self.block_elements)
+                        ]
+                    )
+        while self.live:
+            _wait_for(self.live.popleft())
+
+    def _next_buffer(self) -> np.ndarray:
+        """Memory for a slab that no worker uses any more: fresh memory costs more than reading into it."""
+        while len(self.live) >= LIVE_SLABS:
+            _wait_for(self.live.popleft())
+        self.buffers.rotate()
+        return self.buffers[0]
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _derive(consume: Consumer, tensor: HubTensor, slab: Slab, first: int, last: int, base: int) -> None:
+    rows = as_bytes(slab.rows(first, last, tensor.dtype))
+    consume(tensor, base + first * (len(rows) // (last - first)), rows)
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse the temporaries of the blocks; other allocators are not affected.
+
+    It would give them back to the system, and every block would pay for fresh pages (half of all time). Its thresholds
+    follow the largest chunk that was freed, up to 32 MiB.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)

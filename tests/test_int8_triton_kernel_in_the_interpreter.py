@@ -1,0 +1,65 @@
+"""The Triton kernel computes the plain int8 product: on a CPU in Triton's interpreter, on a GPU as compiled."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from modeling_grok1.quantization_grok1 import dequantise
+
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+KERNEL = "modeling_grok1.triton_grok1"
+# Rows of each expert, outputs, inputs, scale blocks: no rows, one row, more than a tile; widths that no tile divides.
+CASES = [
+    ([1, 0, 2, 0, 0, 1, 0, 0], 70, 128, 1),
+    ([0, 17, 0, 40], 33, 352, 8),
+    ([150, 0], 130, 48, 2),
+    ([0, 0, 0], 16, 32, 1),
+    ([5], 40, 600, 1),
+]
+
+
+def compare(matmul, counts, outputs, inputs, blocks, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    experts, rows = len(counts), sum(counts)
+    x = torch.randn(rows + 3, inputs, generator=generator).to(dtype)
+    weight = torch.randint(-127, 128, (experts, outputs, inputs), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(experts, outputs, blocks, generator=generator) * 0.01 + 0.001).bfloat16()
+    offsets = torch.tensor(counts).cumsum(dim=0, dtype=torch.int32)
+    y = matmul(x.to(device), weight.to(device), scale.to(device), offsets.to(device)).cpu()
+    assert y.shape == (rows + 3, outputs)
+    assert y.dtype == dtype
+    assert (y[rows:] == 0).all()
+    start = 0
+    for e, count in enumerate(counts):
+        matrix = dequantise(weight[e], scale[e], dtype).double()
+        expected = x[start : start + count].double() @ matrix.T
+        tolerance = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+        if count:
+            assert (y[start : start + count].double() - expected).norm() <= tolerance * expected.norm()
+        start += count
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, KERNEL, raising=False)
+    yield importlib.import_module(KERNEL).int8_grouped_matmul
+    sys.modules.pop(KERNEL)  # the next import compiles
+
+
+# The interpreter's own dot product is wrong for bfloat16, which numpy does not have.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(interpreted, case, dtype):
+    compare(interpreted, *case, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [*CASES, ([1, 1], 65536, 6144, 1), ([1000, 48], 6144, 32768, 8)])
+def test_compiled(case, dtype):
+    compare(importlib.import_module(KERNEL).int8_grouped_matmul, *case, dtype, "cuda")
