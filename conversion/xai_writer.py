@@ -4,7 +4,7 @@ The bytes around the arrays depend on nothing but dtypes and shapes, so they are
 streamed into place. The opcodes, the memo and the frames follow CPython's C pickler:
 
 - bytes of 64 KiB and more lie outside any frame;
-- a frame is closed at the end of the first object that fills it to 64 KiB, and at the end of the pickle;
+- a frame is closed before the first object that follows 64 KiB of it, and at the end of the pickle;
 - a frame of less than four bytes is written without its header;
 - an interned string, a global or a one-byte string that occurs again is a reference to the memo.
 """
@@ -165,8 +165,8 @@ class _Pickler:
                 del piece[position : position + 9]
             self.frame = None
 
-    def end_object(self) -> None:
-        """Called where the pickler is done with an object that is not an atom."""
+    def begin_object(self) -> None:
+        """The pickler looks whether the frame is full before each object, atoms included, and nowhere else."""
         if self.frame is not None and self.frame_length >= _FRAME_TARGET:
             self.close_frame()
 
@@ -190,41 +190,45 @@ class _Pickler:
             return True
         return False
 
-    def text(self, value: str) -> None:
-        if not self.remembered(f"text {value}"):
-            self.write(b"\x8c" + bytes([len(value)]) + value.encode())
-            self.memoize(f"text {value}")
-            self.end_object()
-
-    def placeholder(self) -> None:
-        """The bytes b"b", with which numpy makes an empty array."""
-        if not self.remembered("bytes b"):
-            self.write(b"C\x01b")
-            self.memoize("bytes b")
-            self.end_object()
+    def atom(self, opcode: bytes) -> None:
+        self.begin_object()
+        self.write(opcode)
 
     def integer(self, value: int) -> None:
         if 0 <= value <= 0xFF:
-            self.write(b"K" + struct.pack("<B", value))
+            self.atom(b"K" + struct.pack("<B", value))
         elif 0 <= value <= 0xFFFF:
-            self.write(b"M" + struct.pack("<H", value))
+            self.atom(b"M" + struct.pack("<H", value))
         else:
-            self.write(b"J" + struct.pack("<i", value))
+            self.atom(b"J" + struct.pack("<i", value))
+
+    def text(self, value: str) -> None:
+        self.begin_object()
+        if not self.remembered(f"text {value}"):
+            self.write(b"\x8c" + bytes([len(value)]) + value.encode())
+            self.memoize(f"text {value}")
+
+    def placeholder(self) -> None:
+        """The bytes b"b", with which numpy makes an empty array."""
+        self.begin_object()
+        if not self.remembered("bytes b"):
+            self.write(b"C\x01b")
+            self.memoize("bytes b")
 
     def name(self, module: str, name: str) -> None:
+        self.begin_object()
         if not self.remembered(f"global {module} {name}"):
             self.text(module)
             self.text(name)
             self.write(_STACK_GLOBAL)
             self.memoize(f"global {module} {name}")
-            self.end_object()
 
     def end_tuple(self, opcode: bytes) -> None:
         self.write(opcode)
         self.memoize()
-        self.end_object()
 
     def shape(self, sizes: tuple[int, ...]) -> None:
+        self.begin_object()
         if len(sizes) not in _TUPLE_OF:
             self.write(_MARK)
         for size in sizes:
@@ -233,25 +237,28 @@ class _Pickler:
 
     def dtype(self, dtype: str) -> None:
         order, width, flags = _DTYPE_STATE[dtype]
+        self.begin_object()
         self.name("numpy", "dtype")
+        self.begin_object()
         if dtype == "bfloat16":
             self.name("ml_dtypes", "bfloat16")
         else:
             self.text(_DTYPE_NAME[dtype])
-        self.write(_FALSE)
-        self.write(_TRUE)
+        self.atom(_FALSE)
+        self.atom(_TRUE)
         self.end_tuple(_TUPLE_OF[3])
         self.write(_REDUCE)
         self.memoize()
+        self.begin_object()
         self.write(_MARK)
         self.integer(3)
         self.text(order)
-        self.write(_NONE * 3)
+        for _ in range(3):
+            self.atom(_NONE)
         for value in (width, width, flags):
             self.integer(value)
         self.end_tuple(_TUPLE)
         self.write(_BUILD)
-        self.end_object()
 
     def payload(self, nbytes: int) -> None:
         """Leaves room for the bytes of an array."""
@@ -261,6 +268,7 @@ class _Pickler:
             header = b"B" + struct.pack("<I", nbytes)
         else:
             header = b"\x8e" + struct.pack("<Q", nbytes)
+        self.begin_object()
         if nbytes >= _FRAME_TARGET:
             self.close_frame()
             self.pieces[-1] += header
@@ -269,32 +277,34 @@ class _Pickler:
             self.frame_length += nbytes
         self.pieces.append(bytearray())
         self.memoize()
-        self.end_object()
 
     def array(self, dtype: str, shape: tuple[int, ...]) -> None:
+        self.begin_object()
         self.name("numpy.core.multiarray", "_reconstruct")
+        self.begin_object()
         self.name("numpy", "ndarray")
         self.shape((0,))
         self.placeholder()
         self.end_tuple(_TUPLE_OF[3])
         self.write(_REDUCE)
         self.memoize()
+        self.begin_object()
         self.write(_MARK)
         self.integer(1)
         self.shape(shape)
         self.dtype(dtype)
-        self.write(_FALSE)
+        self.atom(_FALSE)
         self.payload(math.prod(shape) * ITEMSIZE[dtype])
         self.end_tuple(_TUPLE)
         self.write(_BUILD)
-        self.end_object()
 
     def quantised(self, shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> None:
+        self.begin_object()
         self.name("__main__", "QuantizedWeight8bit")
-        self.write(_EMPTY_TUPLE)
+        self.atom(_EMPTY_TUPLE)
         self.write(_NEWOBJ)
         self.memoize()
-        self.write(_EMPTY_DICT)
+        self.atom(_EMPTY_DICT)
         self.memoize()
         self.write(_MARK)
         self.text("weight")
@@ -302,6 +312,4 @@ class _Pickler:
         self.text("scales")
         self.array("bfloat16", scales_shape)
         self.write(_SETITEMS)
-        self.end_object()
         self.write(_BUILD)
-        self.end_object()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def upload_plan(folder: Path) -> list[Upload]:
     return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
 
 
-def check_folder(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+def check_folder(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """Everything that would make the folder useless or harmful on the hub, one line a problem; empty is fit to send.
 
     Index against files and headers; no pickles, links, leftovers or hidden files; config, code and tokenizer in a
@@ -90,7 +91,7 @@ def check_folder(folder: Path, advance: Callable[[int], None] = lambda nbytes: N
 
     Args:
         folder: a converted folder.
-        advance: called with the bytes of each block of weights that was read.
+        progress: called with (bytes of weights read, bytes in all) after each block, from any thread.
 
     """
     folder = Path(folder)
@@ -111,7 +112,7 @@ def check_folder(folder: Path, advance: Callable[[int], None] = lambda nbytes: N
         )
     elif (folder / "config.json").is_file():
         problems += _clean_load(folder)
-    problems += _not_finite(tensors, advance)
+    problems += _not_finite(tensors, progress)
     return problems
 
 
@@ -234,12 +235,14 @@ def _clean_load(folder: Path) -> list[str]:
     return problems
 
 
-def _not_finite(tensors: dict[str, RawArray], advance: Callable[[int], None]) -> list[str]:
+def _not_finite(tensors: dict[str, RawArray], progress: Callable[[int, int], None]) -> list[str]:
     by_file: dict[Path, list[str]] = {}
+    done, total, lock = 0, sum(tensor.nbytes for tensor in tensors.values()), Lock()
     for name, tensor in tensors.items():
         by_file.setdefault(tensor.file, []).append(name)
 
     def scan(file: Path) -> list[str]:
+        nonlocal done
         found = []
         with file.open("rb") as stream:
             for name in sorted(by_file[file], key=lambda name: tensors[name].offset):
@@ -251,7 +254,9 @@ def _not_finite(tensors: dict[str, RawArray], advance: Callable[[int], None]) ->
                     block = stream.read(wanted)
                     missing += wanted - len(block)
                     bad += count_not_finite(block, tensor.dtype)
-                    advance(len(block))
+                    with lock:
+                        done += len(block)
+                        progress(done, total)
                 if missing:
                     found.append(f"{name} in {file.name}: {missing:,} of {tensor.nbytes:,} bytes cannot be read")
                 if bad:

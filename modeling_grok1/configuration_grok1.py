@@ -10,7 +10,10 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 TESTED_TRANSFORMERS = "5.23"
 
@@ -36,6 +39,12 @@ FIXED = {
     "router_logit_softcapping": (0.0, "xAI caps attention logits, never router logits"),
     "residual_moe": (False, "Grok-1 has no dense branch beside its experts"),
     "load_presharded_moe": (False, "the experts of a checkpoint are whole"),
+}
+
+# What keyfan/grok-1-hf states wrongly, where its config, like hpcai-tech/grok-1's, names no model type.
+MISSTATED = {
+    "hidden_act": ("gelu_pytorch_tanh", "jax.nn.gelu is the tanh approximation"),
+    "rope_theta": (10000.0, "xAI's rotary base is 10,000"),
 }
 
 # They belong below `rope_parameters`; older files have them at the top level.
@@ -248,6 +257,11 @@ class GrokConfig(PreTrainedConfig):
         overrides = {key: kwargs.pop(key) for key in keys if key in kwargs}
         rope = {key: overrides[key] for key in ROPE_KEYS if key in overrides}
         config_dict = dict(config_dict)
+        if "model_type" not in config_dict:
+            for key, (value, reason) in MISSTATED.items():
+                if config_dict.get(key, value) != value:
+                    logger.warning(f"`{key}`: the file says {config_dict[key]!r}; taken as {value!r}, because {reason}.")
+                    config_dict[key] = value
         for twin, field in cls.attribute_map.items():
             if twin in overrides or field in overrides:
                 config_dict.pop(twin, None)

@@ -18,7 +18,7 @@ Letters:
 """
 
 from .configuration_grok1 import GrokConfig  # isort: skip  (first: it checks the version of transformers)
-from .quantization_grok1 import Grok1Int8Config  # noqa: F401  # isort: skip  (registers xAI's int8 with Transformers)
+from .quantization_grok1 import QUANT_METHOD  # isort: skip  (registers xAI's int8 with Transformers)
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
 
 import copy
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -54,10 +55,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+
+logger = logging.get_logger(__name__)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Names of the weights. A checkpoint holds one 2-D matrix an expert; in memory the experts of a layer are two 3-D
@@ -450,7 +453,9 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
     if pp > config.num_hidden_layers:
         problems.append(f"`pp_size`: expected at most `num_hidden_layers` ({config.num_hidden_layers}), found {pp}")
     if pp > 1 and max(tp, ep) > 1:
-        problems.append("`pp_size`: Transformers does not cut the layers of a pipeline further, leave one of the two out")
+        problems.append(
+            "`pp_size`: Transformers does not cut the layers of a pipeline further, leave one of the two out"
+        )
     if experts_layout == LINEAR and max(tp, ep) > 1:
         problems.append(
             "`experts_layout='linear'` has no tensor- or expert-parallel plan: use the fused layout (leave "
@@ -460,6 +465,85 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
         raise ValueError("This Grok-1 cannot be distributed so: " + "; ".join(problems) + ".")
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Other quantisations. Most look for nn.Linear and pass over 3-D parameters without a word; 98 % of the weights are
+# experts.
+# --------------------------------------------------------------------------------------------------------------------
+QUANTIZATION_ADVICE = (
+    "What reaches Grok-1's experts: Grok1Int8Config() (xAI's own int8), BitsAndBytesConfig(load_in_4bit=True), "
+    "BitsAndBytesConfig(load_in_8bit=True), or TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
+)
+EXPERT_MATRICES = (".gate_up_proj", ".down_proj", ".w1.weight", ".w2.weight", ".w3.weight")
+
+
+def quantized_experts_layout(config: GrokConfig, experts_layout: str | None) -> str | None:
+    """
+    The layout in which `config.quantization_config` reaches the experts, `experts_layout` where there is none.
+
+    Raises:
+        ValueError: the method does not reach the experts in the layout that is asked for, or is not known to.
+    """
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method")
+    method = getattr(method, "value", method)
+    if method in (None, QUANT_METHOD) or quantization.get("dequantize"):
+        return experts_layout
+    if method == "bitsandbytes" and experts_layout != FUSED:
+        return LINEAR
+    if method == "torchao":
+        # FqnToConfig names parameters, 3-D ones too; every other config is for each nn.Linear.
+        by_name = "FqnToConfig" in str(quantization.get("quant_type"))
+        return experts_layout or (FUSED if by_name else LINEAR)
+    if method == "fp8" and experts_layout != LINEAR:
+        return experts_layout
+    if method not in ("bitsandbytes", "fp8") and experts_layout == LINEAR:
+        return LINEAR
+    raise ValueError(
+        f"Quantisation by {method!r} is not known to reach Grok-1's experts, 98 % of the weights, in the layout "
+        f"{experts_layout or FUSED!r}. {QUANTIZATION_ADVICE} Another method that replaces `nn.Linear` finds one for "
+        "every expert matrix with `experts_layout='linear'`."
+    )
+
+
+def check_quantized_experts(model: "Grok1PreTrainedModel", method: str) -> None:
+    """Warn of every expert matrix that a quantisation left as it was; make the others work and keep."""
+    experts = [
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if ".experts." in name and name.endswith(EXPERT_MATRICES)
+    ]
+    # What quantised types there are says each library; none is one of the two plain ones with a wide dtype.
+    plain = [
+        (name, weight)
+        for name, weight in experts
+        if type(weight.data) in (torch.Tensor, DTensor) and weight.is_floating_point() and weight.element_size() > 1
+    ]
+    if plain:
+        name, weight = plain[0]
+        logger.warning(
+            f"Quantisation by {method!r} left {len(plain)} of {len(experts)} expert matrices in {weight.dtype} "
+            f"({sum(weight.nbytes for _, weight in plain) / 1e9:.3g} GB; {name} is the first). {QUANTIZATION_ADVICE} "
+            "Check what `quantization_config` skips or sends to the CPU; torchao's FqnToConfig reaches fused experts "
+            r"by the name 're:.*experts\.(gate_up|down)_proj'."
+        )
+    no_grouped_product = model.experts_layout == FUSED and any(type(w).__name__ == "Int8Tensor" for _, w in experts)
+    if no_grouped_product and model.config._experts_implementation != "eager":
+        logger.warning("torchao's int8 has no grouped product: this model runs its experts one by one ('eager').")
+        model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights in the first forward pass on some CPUs, with their scales rounded
+            # to bfloat16 and transposed, and what is saved or dequantised then is wrong
+            # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).
+            module.support_avx512bf16_for_cpu = False
+
+
+class Grok1Head(nn.Linear):
+    """Hidden states to logits. A class of its own, as bitsandbytes takes every `nn.Linear` and heads stay whole."""
+
+
 class Grok1PreTrainedModel(PreTrainedModel):
     """
     What all Grok-1 models share.
@@ -467,7 +551,8 @@ class Grok1PreTrainedModel(PreTrainedModel):
     Args:
         config (`GrokConfig`): validated again here, because fields can be set after its own validation.
         experts_layout (`"fused"` or `"linear"`, *optional*): how the experts lie in memory. Fused (two 3-D parameters
-            a layer) is the default; linear (an `nn.Linear` a matrix) is chosen by itself where bitsandbytes quantises.
+            a layer) is the default; linear (an `nn.Linear` a matrix) is chosen by itself where bitsandbytes or torchao
+            quantises.
             The files on disk are the same.
         experts_on (`"cpu"` or `"disk"`, *optional*): keep the experts, 99 % of the weights, in host memory or in the
             checkpoint's own files, and bring those that the router chooses to the device, where everything else is.
@@ -511,15 +596,9 @@ class Grok1PreTrainedModel(PreTrainedModel):
         config.validate()
         if experts_layout not in (None, FUSED, LINEAR):
             raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
-        quantization = getattr(config, "quantization_config", None)
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        else:
-            method = getattr(quantization, "quant_method", None)
-        if experts_layout is None and str(getattr(method, "value", method)) == "bitsandbytes":
-            experts_layout = LINEAR
-        model_type = LINEAR_MODEL_TYPE if experts_layout == LINEAR else type(config).model_type
         cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
+        experts_layout = quantized_experts_layout(config, experts_layout)
+        model_type = LINEAR_MODEL_TYPE if experts_layout == LINEAR else type(config).model_type
         if experts_on is not None:
             experts_layout, model_type = LINEAR, OFFLOADED_MODEL_TYPE
         if config.model_type != model_type:
@@ -559,6 +638,9 @@ class Grok1PreTrainedModel(PreTrainedModel):
                     f" holds fused experts (`{fused[0]}`): load it with `experts_layout='fused'` and save it, which "
                     "writes a matrix an expert."
                 )
+        quantization = getattr(load_config.hf_quantizer, "quantization_config", None)
+        if expected_keys is None and quantization is not None and not getattr(quantization, "dequantize", False):
+            check_quantized_experts(model, str(getattr(quantization.quant_method, "value", quantization.quant_method)))
         if expected_keys is None and load_config.hf_quantizer is None:
             # Transformers keeps the conversions that this checkpoint needed. Saving separates the experts whatever
             # was loaded.
@@ -585,7 +667,16 @@ class Grok1PreTrainedModel(PreTrainedModel):
             stages = [here] * stage.pp_size if stage.pp_is_first_stage else None
             torch.distributed.gather_object(here, stages, group=stage.pp_group, group_dst=0)
             state_dict = {name: tensor for part in stages or [here] for name, tensor in part.items()}
+        if self.experts_layout == LINEAR:
+            # In memory as on disk: nothing to revert, and Transformers cannot revert a quantised model that it loaded.
+            kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""
+        if dtype is None and isinstance(self.config.dtype, str):
+            dtype = getattr(torch, self.config.dtype)  # saving leaves the name of the dtype in the config
+        return super().dequantize(dtype)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -663,9 +754,7 @@ class Grok1Model(Grok1PreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
@@ -680,7 +769,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         super().__init__(config, **options)
         self.model = Grok1Model(self.config, **options)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Grok1Head(config.hidden_size, config.vocab_size, bias=False)
         self.output_multiplier = rounded_by_dtype(config.output_multiplier_scale)
         self.post_init()
 
@@ -785,7 +874,7 @@ class Grok1ForSequenceClassification(GenericForSequenceClassification, Grok1PreT
         Grok1PreTrainedModel.__init__(self, config, **options)
         self.num_labels = config.num_labels
         self.model = Grok1Model(self.config, **options)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = Grok1Head(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
@@ -797,7 +886,7 @@ class Grok1ForTokenClassification(GenericForTokenClassification, Grok1PreTrained
         self.num_labels = config.num_labels
         self.model = Grok1Model(self.config, **options)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = Grok1Head(config.hidden_size, config.num_labels)
         self.post_init()
 
 
@@ -807,7 +896,7 @@ class Grok1ForQuestionAnswering(GenericForQuestionAnswering, Grok1PreTrainedMode
     def __init__(self, config: GrokConfig, **options):
         Grok1PreTrainedModel.__init__(self, config, **options)
         self.model = Grok1Model(self.config, **options)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = Grok1Head(config.hidden_size, 2)
         self.post_init()
 
 

@@ -71,8 +71,8 @@ def stored_tensors(file: str) -> Iterator[StoredTensor]:
         yield StoredTensor(file, name, start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]), changed_ns)
 
 
-def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Read one tensor into host memory.
+def read_tensor(stored: StoredTensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """Read one tensor into host memory, into `buffer` (uint8, of its bytes) where one is given.
 
     Not through `safetensors.safe_open`, which holds the interpreter's lock while it reads, nor through a memory map,
     where a file that was cut short kills the process instead of raising.
@@ -80,7 +80,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     Raises:
         OSError: the file is gone, was cut short or was replaced since the model was loaded.
     """
-    data = torch.empty(stored.nbytes, dtype=torch.uint8)
+    data = torch.empty(stored.nbytes, dtype=torch.uint8) if buffer is None else buffer
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     try:
         with open(stored.file, "rb", buffering=0) as stream:
@@ -134,6 +134,9 @@ class ExpertStore:
         self.bytes_fetched = self.hits = self.misses = self.cached_bytes = 0
         self.cache: dict[int, OrderedDict[int, Expert]] = {layer: OrderedDict() for layer in self.layers}
         self.lock = threading.Lock()
+        # Host memory that was read into and copied to the device from. Fresh memory costs more than reading: the
+        # kernel clears it page by page.
+        self.staging: dict[int, list[torch.Tensor]] = {}
         matrices = max(len(tensors) for tensors in experts.values())
         self.pool = ThreadPoolExecutor(max_workers=read_ahead * matrices, thread_name_prefix="grok1-experts")
         self.in_memory: dict[StoredTensor, torch.Tensor] = {}
@@ -169,18 +172,25 @@ class ExpertStore:
         experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), blocks)
         return cls(experts, place, cache_bytes, read_ahead=config.num_experts_per_tok)
 
-    def read(self, stored: StoredTensor) -> torch.Tensor:
-        """One tensor in host memory. Everything that the model computes with passes here."""
-        tensor = self.in_memory[stored] if self.place == CPU else read_tensor(stored)
+    def read(self, stored: StoredTensor, stage: bool) -> torch.Tensor:
+        """One tensor in host memory, in a buffer of `staging` if `stage`. All that is computed with passes here."""
+        buffer = None
         with self.lock:
             self.bytes_fetched += stored.nbytes
-        return tensor
+            if stage and self.staging.get(stored.nbytes):
+                buffer = self.staging[stored.nbytes].pop()
+        if stage and buffer is None:
+            buffer = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        if self.place == DISK:
+            return read_tensor(stored, buffer)
+        tensor = self.in_memory[stored]
+        return tensor if buffer is None else buffer.view(stored.dtype).view(stored.shape).copy_(tensor)
 
     def fetch(
         self, layer: int, experts: Iterable[int], device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[int, Expert]]:
         """Yield (expert, its tensors on `device`, the matrices in `dtype`), in the given order, reading ahead."""
-        todo = iter(experts)
+        todo, stage = iter(experts), device.type != "cpu"
         requested: deque[tuple[int, Expert | None, dict[str, Future]]] = deque()
 
         def request_next() -> None:
@@ -190,7 +200,8 @@ class ExpertStore:
             cached = self.look_up(layer, expert, device, dtype)
             reads = {}
             if cached is None:
-                reads = {name: self.pool.submit(self.read, at) for name, at in self.experts[layer, expert].items()}
+                stored = self.experts[layer, expert]
+                reads = {name: self.pool.submit(self.read, at, stage) for name, at in stored.items()}
             requested.append((expert, cached, reads))
 
         for _ in range(self.read_ahead):
@@ -204,6 +215,11 @@ class ExpertStore:
                     name: tensor.to(device=device, dtype=dtype if is_cast(name, tensor) else tensor.dtype)
                     for name, tensor in host.items()
                 }
+                if stage:
+                    with self.lock:
+                        for tensor in host.values():
+                            buffer = tensor.view(-1).view(torch.uint8)
+                            self.staging.setdefault(buffer.nbytes, []).append(buffer)
                 self.keep(layer, expert, tensors)
             request_next()
             yield expert, tensors

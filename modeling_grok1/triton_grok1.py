@@ -32,18 +32,15 @@ def int8_matmul_kernel(
 ):
     # Which expert's rows this program multiplies: the tiles of an expert follow those of the experts before it.
     tile = tl.program_id(0)
-    expert = tl.full((), -1, tl.int64)  # offsets into a weight pass 2^31 in the released model
-    first = 0
-    last = 0
-    start = 0
-    tiles = 0
+    zero = tile * 0
+    expert, first, last, start, tiles = zero - 1, zero, zero, zero, zero
     for e in range(E):
         end = tl.load(offsets_ptr + e)
-        own = tl.cdiv(end - start, BLOCK_S)
-        if (tile >= tiles) & (tile < tiles + own):
-            expert = tl.full((), e, tl.int64)
-            first = start + (tile - tiles) * BLOCK_S
-            last = end
+        own = (end - start + BLOCK_S - 1) // BLOCK_S
+        mine = (tile >= tiles) & (tile < tiles + own)
+        expert = tl.where(mine, e, expert)
+        first = tl.where(mine, start + (tile - tiles) * BLOCK_S, first)
+        last = tl.where(mine, end, last)
         tiles += own
         start = end
     if expert >= 0:
@@ -52,20 +49,23 @@ def int8_matmul_kernel(
         inner = tl.arange(0, BLOCK_K)
         row_mask = rows < last
         column_mask = columns < N
+        # 64 bits: the experts of a released layer have more than 2^31 elements.
         x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
-        weight_row = expert * N + columns
-        weight_rows = weight_ptr + weight_row[:, None] * K
-        scale_rows = scale_ptr + weight_row * (K // GROUP)
-        total = tl.zeros((BLOCK_S, BLOCK_N), dtype=tl.float32)
+        weight_rows = expert.to(tl.int64) * N + columns
+        total = tl.full((BLOCK_S, BLOCK_N), 0.0, dtype=tl.float32)
         for group in range(K // GROUP):
-            scale = tl.load(scale_rows + group, mask=column_mask, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + weight_rows * (K // GROUP) + group, mask=column_mask, other=0.0)
             for offset in range(0, GROUP, BLOCK_K):
-                in_group = offset + inner < GROUP
                 k = group * GROUP + offset + inner
+                in_group = offset + inner < GROUP
                 x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & in_group[None, :], other=0.0)
-                w = tl.load(weight_rows + k[None, :], mask=column_mask[:, None] & in_group[None, :], other=0)
-                w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
-                total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+                w = tl.load(
+                    weight_ptr + weight_rows[None, :] * K + k[:, None],
+                    mask=column_mask[None, :] & in_group[:, None],
+                    other=0,
+                )
+                w = (w.to(tl.float32) * scale.to(tl.float32)[None, :]).to(x.dtype)
+                total = tl.dot(x, w, total, input_precision="ieee")
         y = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(y, total.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
@@ -89,7 +89,7 @@ def int8_grouped_matmul(
     x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
     group = K // scale.shape[-1]
     y = x.new_zeros(S, N)
-    # One narrow tile for a few rows: the kernel then reads each chosen expert once, at the speed of the memory.
+    # A few rows are one narrow tile an expert, so that each chosen matrix is read once.
     few = S <= 16 * E
     block_s, block_n, block_k = (16, 32, 256) if few else (64, 128, 64)
     if x.dtype == torch.float32:

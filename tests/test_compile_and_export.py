@@ -92,7 +92,10 @@ def test_export(model, expected):
 
 
 def test_linear_experts_are_refused_by_name_in_one_full_graph(small_config):
-    fused, linear = Grok1ForCausalLM(small_config).eval(), Grok1ForCausalLM(small_config, experts_layout="linear").eval()
+    fused, linear = (
+        Grok1ForCausalLM(small_config).eval(),
+        Grok1ForCausalLM(small_config, experts_layout="linear").eval(),
+    )
     assert fused._can_compile_fullgraph
     assert not linear._can_compile_fullgraph  # `generate` does not try
     tokens = torch.tensor([[3, 4, 5]])

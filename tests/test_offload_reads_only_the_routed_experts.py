@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from distributed.small_grok import LAYERS, prompt, rename_as_hpcai, save_small_grok
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.offloading_grok1 import parse_size, read_tensor
+from modeling_grok1.offloading_grok1 import ExpertStore, parse_size, read_tensor
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
@@ -54,9 +55,9 @@ def reads(monkeypatch):
     """The names of the tensors that are read from disk."""
     names = []
 
-    def counting(stored):
+    def counting(stored, buffer=None):
         names.append(stored.name)
-        return read_tensor(stored)
+        return read_tensor(stored, buffer)
 
     monkeypatch.setattr("modeling_grok1.offloading_grok1.read_tensor", counting)
     return names
@@ -218,10 +219,10 @@ def test_reading_ahead_overlaps_the_next_expert_with_the_computation_of_this_one
     store, started = model.expert_store, threading.Event()
     last = sorted(store.experts[0, 5])[-1]
 
-    def watching(stored):
+    def watching(stored, buffer=None):
         if stored == store.experts[0, 5][last]:
             started.set()
-        return read_tensor(stored)
+        return read_tensor(stored, buffer)
 
     monkeypatch.setattr("modeling_grok1.offloading_grok1.read_tensor", watching)
     fetched = store.fetch(0, [1, 3, 5, 7], torch.device("cpu"), torch.float32)
@@ -230,6 +231,35 @@ def test_reading_ahead_overlaps_the_next_expert_with_the_computation_of_this_one
     assert started.wait(10)
     assert store.misses == 3
     assert [expert for expert, _ in fetched] == [3, 5, 7]
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_for_a_device_with_memory_of_its_own_host_memory_is_reused(folder, monkeypatch, place):
+    """On the meta device, which keeps nothing of what is copied to it."""
+    model, kept = AutoModelForCausalLM.from_pretrained(folder, experts_on=place), []
+    store = model.expert_store
+    read = ExpertStore.read
+    monkeypatch.setattr(ExpertStore, "read", lambda *args: kept.append(read(*args)) or kept[-1])
+    for layer in range(LAYERS):
+        for expert, tensors in store.fetch(layer, range(EXPERTS), torch.device("meta"), torch.float32):
+            assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+            assert tensors["w2.weight"].shape == (64, 96)
+            assert layer * EXPERTS + expert < len(kept)
+    assert len(kept) == LAYERS * EXPERTS * 3
+    # Those of the expert in hand and of the two that are read ahead.
+    assert len({tensor.data_ptr() for tensor in kept}) <= 3 * (TOP_K + 1)
+
+
+def test_reused_memory_holds_the_right_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    for place in ("cpu", "disk"):
+        store = AutoModelForCausalLM.from_pretrained(folder, experts_on=place).expert_store
+        for expert in (*range(EXPERTS), *range(EXPERTS)):
+            for name, stored in store.experts[1, expert].items():
+                tensor = store.read(stored, stage=True)
+                assert torch.equal(tensor, weights[f"model.layers.1.block_sparse_moe.experts.{expert}.{name}"])
+                store.staging.setdefault(stored.nbytes, []).append(tensor.view(-1).view(torch.uint8))
+        assert sum(len(buffers) for buffers in store.staging.values()) == 1
 
 
 @pytest.mark.parametrize("cache", [None, EXPERT_BYTES * LAYERS])

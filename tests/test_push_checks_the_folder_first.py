@@ -42,9 +42,11 @@ def rewrite(shard: Path, name: str, value: torch.Tensor) -> None:
 
 def test_a_converted_folder_is_fit(sound):
     """With the fresh process: config, remote code without the package, and every number of every tensor."""
-    read = []
-    assert check_folder(sound, read.append) == []
-    assert sum(read) == sum(t.nbytes for file in sound.glob("*.safetensors") for t in load_file(file).values())
+    seen = []
+    assert check_folder(sound, lambda done, total: seen.append((done, total))) == []
+    done = [done for done, _ in seen]
+    assert done == sorted(done) and {total for _, total in seen} == {done[-1]}
+    assert done[-1] == sum(t.nbytes for file in sound.glob("*.safetensors") for t in load_file(file).values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

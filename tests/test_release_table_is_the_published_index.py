@@ -1,4 +1,4 @@
-"""The package's own table of the release is the published one: every path, layer, kind, shape, dtype, size and checksum."""
+"""The package's own table of the release is the published one: every path, shape, dtype, size and checksum."""
 
 import json
 

@@ -6,6 +6,7 @@ shell completion answer at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -13,10 +14,19 @@ import typer
 from rich.console import Console
 from rich.traceback import Traceback
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
+from modeling_grok1.cli.adopt import adopt_command
 from modeling_grok1.cli.card import card_command
+from modeling_grok1.cli.convert import convert_command
+from modeling_grok1.cli.export_xai import export_xai_command
+from modeling_grok1.cli.generate import generate_command
+from modeling_grok1.cli.inspect import inspect_command
+from modeling_grok1.cli.plan import plan_command
 from modeling_grok1.cli.push import push_command
 from modeling_grok1.cli.routing import routing_command
+from modeling_grok1.cli.tokenizer import tokenizer_command
+from modeling_grok1.cli.verify import verify_command
 
 
 DONE, FOUND_WRONG, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -27,17 +37,17 @@ EPILOG = (
 )
 
 
-def report(error: BaseException, kind: str, advice: str = "") -> None:
-    """One paragraph on stderr: red on a terminal, plain elsewhere, never wrapped in the middle of a path."""
+def report(kind: str, error: BaseException, advice: str = "") -> None:
+    """One paragraph on stderr: red on a terminal, plain elsewhere, never broken in the middle of a path."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    message = str(error).strip() or type(error).__name__
-    console.print(f"{kind}: {message}", style="red")
+    message = str(error).strip()
+    console.print(f"{kind}: {message}" if message else f"{kind}.", style="red")
     if advice:
         console.print(advice)
 
 
 class Tour(TyperGroup):
-    """Turns what a command raises into a message and an exit code; commands only raise."""
+    """Turns what a command raises into a paragraph and an exit code; commands only raise."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
@@ -46,29 +56,23 @@ class Tour(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            report(error, "Interrupted", "" if str(error) else "Nothing was left half-written under its final name.")
+            # A command that leaves work to go on with says so in the exception.
+            report("Interrupted", error, "" if str(error) else "No unfinished file has its final name.")
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
+        except (typer.Exit, typer.Abort, TyperException, BrokenPipeError):
             raise
-        except (ValueError, OSError, ImportError) as error:
-            self.traceback(ctx)
-            report(error, "Error")
-            raise typer.Exit(BAD_INPUT) from None
         except Exception as error:
-            if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "exit_code"):
-                raise
-            self.traceback(ctx)
-            report(
-                error,
-                f"Broken ({type(error).__name__})",
-                f"`grok1 --debug {ctx.invoked_subcommand} ...` shows where.",
-            )
-            raise typer.Exit(BROKEN) from None
-
-    @staticmethod
-    def traceback(ctx: Any) -> None:
-        if ctx.params.get("debug"):
-            Console(stderr=True).print(Traceback(show_locals=False))
+            if ctx.params.get("debug"):
+                Console(stderr=True).print(Traceback(show_locals=False))
+            if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+                report("Error", error, "`grok1 plan` tells what fits on which GPUs, in which precision.")
+            elif isinstance(error, (ValueError, OSError, ImportError)):
+                report("Error", error)
+            else:
+                advice = f"This is a bug. `grok1 --debug {ctx.invoked_subcommand} ...` shows where."
+                report(f"Broken ({type(error).__name__})", error, advice)
+                raise typer.Exit(BROKEN) from None
+            raise typer.Exit(BAD_INPUT) from None
 
 
 app = typer.Typer(
@@ -105,13 +109,23 @@ def root(
     """
 
 
-LOOK, CHECKPOINT, RUN, SHARE = "Start here", "From xAI's checkpoint", "Run and look inside", "Share"
+START, CHECKPOINT, RUN, SHARE = "Start here", "From xAI's checkpoint", "Run and look inside", "Share"
 
-for name, command, panel in (
+# In the order in which one works.
+COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("convert", convert_command, CHECKPOINT),
+    ("inspect", inspect_command, CHECKPOINT),
+    ("verify", verify_command, CHECKPOINT),
+    ("tokenizer", tokenizer_command, CHECKPOINT),
+    ("adopt", adopt_command, CHECKPOINT),
+    ("export-xai", export_xai_command, CHECKPOINT),
+    ("plan", plan_command, RUN),
+    ("generate", generate_command, RUN),
     ("routing", routing_command, RUN),
     ("card", card_command, SHARE),
     ("push", push_command, SHARE),
-):
+)
+for name, command, panel in COMMANDS:
     app.command(name, rich_help_panel=panel)(command)
 
 

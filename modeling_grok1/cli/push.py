@@ -18,23 +18,14 @@ def push_command(
     """Check a converted folder and upload it to the hub; after a break, the same command goes on."""
     from huggingface_hub.utils import disable_progress_bars
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.table import Table
 
+    from modeling_grok1.cli.progress import byte_progress
     from modeling_grok1.model_card.hub import check_folder, push_folder, upload_plan
 
     console, messages = Console(), Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    total = sum(upload.nbytes for upload in upload_plan(folder) if upload.is_weight)
-    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
-        task = progress.add_task("Checking every tensor", total=total)
-        problems = check_folder(folder, lambda nbytes: progress.advance(task, nbytes))
+    with byte_progress("Checking every tensor") as progress:
+        problems = check_folder(folder, progress)
     if problems:
         for problem in problems:
             messages.print(f"  - {problem}", markup=False, highlight=False, soft_wrap=True)

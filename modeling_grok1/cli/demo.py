@@ -1,0 +1,91 @@
+"""`grok1 demo`: the whole way, from the bundled checkpoint in xAI's format to generated text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+SHOWN = 3  # passages that are printed; all are checked
+
+
+def demo_command(
+    out: Annotated[Path | None, typer.Option(help="Keep the converted folder here.", file_okay=False)] = None,
+) -> None:
+    """Convert the bundled checkpoint, load it, and let it recite Shakespeare."""
+    with as_file(files("modeling_grok1") / "demo") as checkpoint:
+        if out is not None:
+            recite(checkpoint, out)
+            return
+        with tempfile.TemporaryDirectory(prefix="grok1-demo-") as folder:
+            recite(checkpoint, Path(folder) / "grok-1-demo")
+
+
+def recite(checkpoint: Path, folder: Path) -> None:
+    """Convert `checkpoint` to `folder` and print what the model says. Exits with 1 unless it is word for word."""
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers.utils import logging
+
+    import modeling_grok1  # noqa: F401 (registers the classes)
+    from modeling_grok1.conversion.convert import convert
+    from modeling_grok1.model_card.routing import load_bars, routing_statistics
+
+    logging.disable_progress_bar()
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    convert(checkpoint, folder)
+    console.print(
+        f"[bold]grok1 convert[/bold] {len(list((checkpoint / 'ckpt-0').iterdir()))} files in xAI's format "
+        f"-> {len(list(folder.iterdir()))} files for the hub, {time.perf_counter() - start:.1f} s",
+        soft_wrap=True,
+    )
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    config = model.config
+    console.print(
+        f"[bold]from_pretrained[/bold] {model.num_parameters():,} parameters, {config.num_hidden_layers} layers, "
+        f"{config.num_experts_per_tok} of {config.num_experts} experts a token, "
+        f"{str(model.dtype).removeprefix('torch.')}, {model.get_memory_footprint() / 1e6:.1f} MB, "
+        f"{time.perf_counter() - start:.1f} s\n",
+        soft_wrap=True,
+    )
+
+    passages = json.loads((checkpoint / "passages.json").read_text(encoding="utf-8"))
+    tokens, exact, texts = 0, 0, []
+    start = time.perf_counter()
+    for i, passage in enumerate(passages):
+        whole = passage["opening"] + passage["continuation"]
+        length = len(tokenizer(whole)["input_ids"]) - len(tokenizer(passage["opening"])["input_ids"])
+        settings = {"max_new_tokens": length, "do_sample": False}
+        text = generator(passage["opening"], **settings)[0]["generated_text"]
+        tokens, exact = tokens + length, exact + (text == whole)
+        texts.append(text)
+        if i < SHOWN:
+            said = text[len(passage["opening"]) :]
+            console.print(Text(passage["opening"], style="bold") + Text(said, style="green" if text == whole else "red"))
+            verdict = f"{len(said.split())} words, word for word" if text == whole else "not word for word"
+            console.print(f"    ({passage['source']}: {verdict})\n", style="dim", soft_wrap=True)
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{exact} of {len(passages)} passages word for word, {tokens} tokens, {tokens / seconds:.0f} tokens/s\n",
+        style="bold",
+    )
+
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts[:1]]
+    console.print(f"Which of the {config.num_experts} experts spoke {passages[0]['opening']!r}:", soft_wrap=True)
+    with torch.no_grad():
+        console.print(load_bars(routing_statistics(model, ids[0])), markup=False, soft_wrap=True)
+    if exact < len(passages):
+        raise typer.Exit(1)
