@@ -40,7 +40,13 @@ EXTRAS = {
     "peft": ["peft>=0.21,<0.22"],
     "plot": ["matplotlib>=3.10,<4"],
     "serve": ["transformers[serving]>=5.23,<5.24"],
-    "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.150,<7", "peft>=0.21,<0.22", "matplotlib>=3.10,<4"],
+    "test": [
+        "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
+        "hypothesis>=6.150,<7",
+        "peft>=0.21,<0.22",
+        "matplotlib>=3.10,<4",
+    ],
     "check": ["ruff==0.17.5", "mypy==2.4.1"],
 }
 

@@ -14,6 +14,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,16 @@ def _safetensors(file: Path) -> Iterator[Stored]:
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}.get(
             piece.get_dtype(), torch.uint8
         )
-        yield Stored(name, file.name, tuple(piece.get_shape()), dtype, lambda a, b, piece=piece: piece[a:b])
+        yield Stored(name, file.name, tuple(piece.get_shape()), dtype, partial(_rows, piece))
 
 
 def _bin(file: Path) -> Iterator[Stored]:
     for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
-        yield Stored(name, file.name, tuple(tensor.shape), tensor.dtype, lambda a, b, tensor=tensor: tensor[a:b])
+        yield Stored(name, file.name, tuple(tensor.shape), tensor.dtype, partial(_rows, tensor))
+
+
+def _rows(tensor: Any, start: int, stop: int) -> torch.Tensor:
+    return tensor[start:stop]
 
 
 def _main_dtype(stored: dict[str, Stored]) -> str | None:

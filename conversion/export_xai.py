@@ -161,7 +161,7 @@ def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_Jo
     """The files to be written, the head if the folder has one, and every problem."""
     found = read_hub_folder(folder)
     head = found.pop(HEAD_NAME, None)
-    dtype = "int8" if any(array.dtype == "int8" for array in found.values()) else "float32"
+    dtype = "int8" if any(name.endswith("_scale") for name in found) else "float32"
     tensors = _expected(config, dtype, set(found))
     if dtype == "int8":
         tensors = _with_stored_blocks(config, tensors, found)

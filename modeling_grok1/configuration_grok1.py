@@ -4,7 +4,7 @@
 import math
 from functools import wraps
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -129,7 +129,7 @@ class GrokConfig(PreTrainedConfig):
         "layers.*.block_sparse_moe.experts.down_proj": "rowwise",
         "layers.*.block_sparse_moe.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.block_sparse_moe.experts.gate_up_proj": "grouped_gemm",
         "layers.*.block_sparse_moe.experts.down_proj": "grouped_gemm",
         "layers.*.block_sparse_moe.experts": "ep_dispatch_experts",
@@ -152,7 +152,7 @@ class GrokConfig(PreTrainedConfig):
     num_hidden_layers: int = 64
     num_attention_heads: int = 48
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = 0  # 0: hidden_size // num_attention_heads
     num_experts: int = 8
     num_experts_per_tok: int = 2
     max_position_embeddings: int = 8192
@@ -194,7 +194,7 @@ class GrokConfig(PreTrainedConfig):
         return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
+        if self.head_dim == 0 and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         rope_type = kwargs.pop("rope_type", None)
         if rope_type is not None:

@@ -24,7 +24,8 @@ found = {name: importlib.util.find_spec(name) is not None for name in ("modeling
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 options = {"trust_remote_code": True, "local_files_only": True}
 greedy = {"max_new_tokens": 8, "do_sample": False}
@@ -48,9 +49,12 @@ with torch.no_grad():
         saved + ".pt",
     )
 batched = model.generate_batch(
-    [prompt], generation_config=GenerationConfig(eos_token_id=-1, **greedy), progress_bar=False
+    [prompt],
+    generation_config=GenerationConfig(eos_token_id=-1, **greedy),
+    continuous_batching_config=ContinuousBatchingConfig(block_size=4, num_blocks=16, max_batch_tokens=32),
+    progress_bar=False,
 )
-text = generator(" ".join(f"w{i}" for i in prompt), return_full_text=False, eos_token_id=None, **greedy)[0]["generated_text"]
+text = generator(" ".join(f"w{i}" for i in prompt), return_full_text=False, eos_token_id=None, **greedy)
 (linear if "first" in saved else model).save_pretrained(saved)
 print(json.dumps({
     "found": found,
@@ -59,7 +63,7 @@ print(json.dumps({
     "config": type(AutoConfig.from_pretrained(folder, **options)).__module__,
     "layouts": [model.experts_layout, linear.experts_layout],
     "batched": [output.generated_tokens for output in batched.values()],
-    "text": text,
+    "text": text[0]["generated_text"],
     "implementation": [model.config._attn_implementation, model.get_experts_implementation()[""]],
 }))
 """
