@@ -21,7 +21,7 @@ check: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/mypy modeling_grok1 configuration conversion model_card
 
 test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small files to run those that need them)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow

@@ -19,8 +19,8 @@ PACKAGES = {
     "modeling_grok1.model_card": "model_card",
 }
 
-# The lower ends are the versions that the tests run with (constraints.txt pins them exactly). Transformers is held to one
-# minor release: the hub files rest on its loading internals and check the version themselves.
+# The tests run with the versions that constraints.txt pins. Transformers is held to one minor release: the hub files
+# rest on its loading internals and check the version themselves.
 REQUIREMENTS = [
     "torch>=2.13,<2.14",
     "transformers>=5.23,<5.24",

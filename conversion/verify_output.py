@@ -91,6 +91,8 @@ def verify_output(
             problems += problem
     written = written_config(grok_config, dtype, max(source.scale_blocks().values()))
     plan = Plan(out, dtype, layout, 0, written, model, shards, frozenset(), {})
+    if not shards:
+        return problems
     problems += _companion_problems(plan)
     return problems + _compare(plan, source, jobs or available_cores(), progress)
 
@@ -153,11 +155,14 @@ def _expected_shards(
         own = [tensors[tensor] for tensor in held[name] if tensor in tensors]
         if _starts_with(out / name, make_shard(name, own).header):
             place |= {tensor.name: name for tensor in own}
-    place = {tensor: place.get(tensor) or indexed.get(tensor, "nowhere") for tensor in tensors}
-    shards = [make_shard(name, [tensors[t] for t in tensors if place[t] == name]) for name in names]
-
+    if not names:
+        return [], [f"{out}: expected model-00001-of-....safetensors and so on, found no shard and no index of any"]
+    place = {tensor: place.get(tensor) or indexed.get(tensor, "") for tensor in tensors}
     problems = [f"{name}: expected {int(count)} shards, found one more" for name in sorted(held.keys() - set(names))]
     problems += [f"{tensor}: expected in a shard, found in none" for tensor in place if place[tensor] not in names]
+    # A tensor that is nowhere is missed in the last shard.
+    place = {tensor: name if name in names else names[-1] for tensor, name in place.items()}
+    shards = [make_shard(name, [tensors[t] for t in tensors if place[t] == name]) for name in names]
     for shard in shards:
         path = out / shard.name
         if not path.is_file():

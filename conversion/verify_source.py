@@ -85,26 +85,25 @@ def verify_source(
     problems, refused = foreign_entries(folder)
     present = {path.name: path for path in list_files(folder)}
     problems += surplus_files(present, [file.entry for file in published])
-    memory = _Memory(folder, state)
-    result = Verification(folder, memory.path, problems=problems)
-
-    to_check = []
+    missing, to_check = [], []
     for file in published:
         name = file.entry.file
         if name not in present:
-            result.missing.append(name)
+            missing.append(name)
         elif name not in refused:
             size = present[name].stat().st_size
             if size == file.size:
                 to_check.append((present[name], file))
             else:
-                result.problems.append(f"{name}: expected {file.size} bytes, found {size}")
+                problems.append(f"{name}: expected {file.size} bytes, found {size}")
     if not to_check:
         raise CheckpointError(
             f"{folder}: not the released checkpoint, or nothing of it is finished",
-            [f"expected {len(published)} files of the published sizes, found none of {len(present)} to have its own"],
+            [f"expected {len(published)} files of the published sizes, found none among {len(present)}"],
             "Checksums were published for the release only. `grok1 inspect` looks at any checkpoint.",
         )
+    memory = _Memory(folder, state)
+    result = Verification(folder, memory.path, missing=missing, problems=problems)
     _Checker(memory, sum(file.size for _, file in to_check), progress).check(to_check, jobs, result)
     result.problems.sort()
     return result

@@ -19,10 +19,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 from transformers.distributed import DistributedConfig
 
-import modeling_grok1  # noqa: F401  (registers Grok-1)
+from modeling_grok1 import Grok1ForCausalLM
 
 
 def arguments() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main() -> None:
     first = dist.get_rank() == 0
 
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = Grok1ForCausalLM.from_pretrained(
         args.folder,
         dtype=args.dtype,
         distributed_config=DistributedConfig(tp_size=args.tp, ep_size=args.ep, pp_size=args.pp, fsdp_size=args.fsdp),
@@ -62,7 +62,7 @@ def main() -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    model.generate(
+    model.generate(  # type: ignore[misc]
         **inputs,
         **sampling,
         max_new_tokens=args.max_new_tokens,

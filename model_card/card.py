@@ -79,16 +79,24 @@ class Group:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a precision takes in memory, in bytes: weights, and the cache of keys and values of one full context."""
+    """What a precision takes in memory, in bytes: weights, and the cache of keys and values of one full context.
+
+    Args:
+        layers: decoder layers, which share out all of `weights` but `outside` (embedding and final norm) evenly.
+    """
 
     precision: str
     weights: int
     cache: int
+    layers: int
+    outside: int
 
     @property
-    def devices(self) -> int:
-        """Devices of 80 GB that hold both with a tenth of each left free."""
-        return -(-(self.weights + self.cache) * 10 // (DEVICE * 9))
+    def devices(self) -> int | None:
+        """Devices of 80 GB that hold both, layers kept whole, a tenth left free; None where not one layer fits."""
+        layer = (self.weights - self.outside + self.cache) / self.layers
+        most = int((0.9 * DEVICE - self.outside) // layer)
+        return -(-self.layers // most) if most > 0 else None
 
 
 @dataclass(frozen=True)
@@ -330,14 +338,21 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
     int8 = hub_tensors(table, "hub", "int8").values()
     scales = sum(tensor.nbytes for tensor in int8 if tensor.parts[0].field == "scales")
     cache = 2 * layers * kv * table.max_position_embeddings * 2
+    outside = 2 * table.vocab_size * table.hidden_size + 4 * table.hidden_size
     return (
-        Memory("float32", 4 * parameters, 2 * cache),
-        Memory("bfloat16", others + 2 * quantised, cache),
-        Memory("int8, xAI's own values", others + quantised + scales, cache),
+        Memory("float32", 4 * parameters, 2 * cache, layers, 4 * (table.vocab_size + 1) * table.hidden_size),
+        Memory("bfloat16", others + 2 * quantised, cache, layers, outside),
+        Memory("int8, xAI's own values", others + quantised + scales, cache, layers, outside),
         # A float32 scale for each output row.
-        Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache),
+        Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache, layers, outside),
         # Half a byte, a float32 scale for each block of 64, and a code of 16 float32 numbers for each matrix.
-        Memory("4 bit (nf4), bitsandbytes", others + quantised // 2 + 4 * -(-quantised // 64) + 64 * matrices, cache),
+        Memory(
+            "4 bit (nf4), bitsandbytes",
+            others + quantised // 2 + 4 * -(-quantised // 64) + 64 * matrices,
+            cache,
+            layers,
+            outside,
+        ),
     )
 
 

@@ -271,6 +271,13 @@ def _span(text: str, expert: int, hint: str) -> str:
     return f'<span style="background:{colour};color:{ink}"{hint}>{html.escape(text)}{number}</span>'
 
 
+def readable(piece: str) -> str:
+    """A piece of a SentencePiece vocabulary as the text that it stands for; a byte beyond ASCII stays `<0xE2>`."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") and int(piece[3:5], 16) < 128:
+        return chr(int(piece[3:5], 16))
+    return piece.replace("▁", " ")
+
+
 def _visible(token: str) -> str:
     """A token for an axis: blanks and line breaks made visible, a long one cut."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("$", r"\$")

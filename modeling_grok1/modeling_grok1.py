@@ -374,7 +374,7 @@ class Grok1LinearExperts(nn.ModuleList):
         super().__init__(Grok1Expert(config) for _ in range(config.num_experts))
 
     @torch.compiler.disable(
-        reason="which linear experts run is known only after the router: use `experts_layout='fused'` for one full graph"
+        reason="which linear experts run is known only after the router: use `experts_layout='fused'` for a full graph"
     )
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `Grok1Experts.forward`."""
@@ -634,9 +634,9 @@ class Grok1PreTrainedModel(PreTrainedModel):
             fused = sorted(key for key in loading_info.unexpected_keys if key.endswith(".experts.gate_up_proj"))
             if fused:
                 raise ValueError(
-                    f"`experts_layout='linear'` reads a matrix an expert, and {load_config.pretrained_model_name_or_path!r}"
-                    f" holds fused experts (`{fused[0]}`): load it with `experts_layout='fused'` and save it, which "
-                    "writes a matrix an expert."
+                    "`experts_layout='linear'` reads a matrix an expert, and "
+                    f"{load_config.pretrained_model_name_or_path!r} holds fused experts (`{fused[0]}`): load it with "
+                    "`experts_layout='fused'` and save it, which writes a matrix an expert."
                 )
         quantization = getattr(load_config.hf_quantizer, "quantization_config", None)
         if expected_keys is None and quantization is not None and not getattr(quantization, "dequantize", False):
@@ -839,8 +839,8 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         devices = expand_device_map(load_config.device_map, [head, embedding])
         if model.config.tie_word_embeddings and devices[head] != devices[embedding]:
             raise ValueError(
-                f"`device_map` puts `{embedding}` on {devices[embedding]!r} and `{head}` on {devices[head]!r}, but they "
-                "are one tensor (`tie_word_embeddings`): give both the same device."
+                f"`device_map` puts `{embedding}` on {devices[embedding]!r} and `{head}` on {devices[head]!r}, but "
+                "they are one tensor (`tie_word_embeddings`): give both the same device."
             )
         return Grok1PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs

@@ -125,6 +125,9 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     """x: S K times the transpose of the dequantised weight (N K, int8; scale: N G) -> S N in the dtype of x."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
+    if x.is_cuda and (matmul := triton_matmul()) is not None:
+        offsets = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+        return matmul(x, weight[None], scale[None], offsets)
     few = x.shape[0] * scale.shape[-1] <= FEW_ROWS and x.shape[1] % 16 == 0
     if few and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return packed_matmul(x, weight, scale)
@@ -214,7 +217,7 @@ class Int8Linear(nn.Module):
         elif torch.compiler.is_compiling() and x.device.type == "cpu" and rows.shape[0] == 1:
             only = torch.zeros(1, dtype=torch.long)
             y = reduced_matmul(rows, self.weight[None], self.weight_scale[None], only)
-        elif torch.compiler.is_compiling() or x.is_cuda:
+        elif torch.compiler.is_compiling():
             offsets = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = torch.ops.grok1.int8_grouped_matmul(rows, self.weight[None], self.weight_scale[None], offsets)
         else:
@@ -261,7 +264,7 @@ class Int8Experts(nn.Module):
         chosen, order = experts.flatten().sort(stable=True)  # S = N*k
         counts = (chosen[:, None] == torch.arange(self.num_experts, device=x.device)).sum(dim=0)
         offsets = counts.cumsum(dim=0, dtype=torch.int32)
-        matmul = torch.ops.grok1.int8_grouped_matmul
+        matmul = torch.ops.grok1.int8_grouped_matmul if torch.compiler.is_compiling() else grouped_matmul
         y = matmul(x[order // k], self.gate_up_proj, self.gate_up_proj_scale, offsets)  # S 2F
         y = matmul(gated(y), self.down_proj, self.down_proj_scale, offsets)  # S D
         y = y * gates.flatten()[order, None]
@@ -345,7 +348,7 @@ class Grok1Int8Quantizer(HfQuantizer):
     quantization_config: Grok1Int8Config
     requires_calibration = False
     # Transformers derives the conversions and the parallel plans of the scales from those of the weights.
-    serialized_names = {"weight": ["weight", "weight_scale"]}  # noqa: RUF012
+    serialized_names = {"weight": ["weight", "weight_scale"]}
 
     @property
     def is_trainable(self) -> bool:
@@ -411,7 +414,8 @@ class Grok1Int8Quantizer(HfQuantizer):
                 module.requires_grad_(False)
         if not self.pre_quantized:
             # The mapping that the floats were loaded with does not know the names of the scales.
-            model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=self, add_legacy=False)
+            conversions = get_model_conversion_mapping(model, hf_quantizer=self, add_legacy=False)
+            model._weight_conversions = conversions  # type: ignore[assignment]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,7 +1,8 @@
 """Streamers whose output is exactly the decoded text.
 
-Those of Transformers forget their tokens after a newline, and decoding drops one space at the beginning (SentencePiece's
-dummy prefix): they lose the first space of every indented line. These remember what the last line ended with.
+Those of Transformers forget their tokens after a newline, and decoding drops one space at the beginning
+(SentencePiece's dummy prefix): they lose the first space of every indented line. These remember what the last line
+ended with.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_linear_experts_are_refused_by_name_in_one_full_graph(small_config):
     assert fused._can_compile_fullgraph
     assert not linear._can_compile_fullgraph  # `generate` does not try
     tokens = torch.tensor([[3, 4, 5]])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use `experts_layout='fused'` for one full graph"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use `experts_layout='fused'` for a full graph"):
         torch.compile(linear, fullgraph=True, backend="eager")(tokens, use_cache=False)
     in_pieces = torch.compile(linear, backend="eager")(tokens, use_cache=False).logits
     assert torch.equal(in_pieces, linear(tokens, use_cache=False).logits)

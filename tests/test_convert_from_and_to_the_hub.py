@@ -108,7 +108,7 @@ def test_what_is_missing_is_said_before_any_download(hub, tmp_path):
 
 @pytest.mark.parametrize("uri", ["hf://nobody/nothing", "hf://one-word", f"hf://{SOURCE}@no-such-revision"])
 def test_an_address_that_leads_nowhere_is_refused(hub, tmp_path, uri):
-    with pytest.raises(ConversionError, match="expected hf://owner/name|no such repository or revision"):
+    with pytest.raises(ConversionError, match=r"expected hf://owner/name|no such repository or revision"):
         convert(uri, tmp_path / "out", **SMALL_SHARDS)
 
 

@@ -158,15 +158,20 @@ def test_a_fresh_model_saves_the_hubs_names_and_comes_back(small_config, tmp_pat
 
 
 def test_models_of_both_layouts_may_share_a_config(small_config, tmp_path, read_tensors):
+    def saved_names(model):
+        model.save_pretrained(tmp_path)
+        return read_tensors(tmp_path).keys()
+
+    hub = hub_tensors(small_config).keys()
     fused = Grok1ForCausalLM(small_config)
     linear = Grok1ForCausalLM(small_config, experts_layout="linear")
-    again = Grok1ForCausalLM(linear.config)
-    for number, model in enumerate((fused, linear, again)):
-        model.save_pretrained(tmp_path / str(number))
-        assert read_tensors(tmp_path / str(number)).keys() == hub_tensors(small_config).keys()
-    assert (fused.experts_layout, linear.experts_layout, again.experts_layout) == ("fused", "linear", "fused")
     assert small_config.model_type == "grok-1"
     assert linear.model.config is linear.config
+    assert saved_names(fused) == saved_names(linear) == hub
+
+    again = Grok1ForCausalLM(linear.config)
+    assert (fused.experts_layout, linear.experts_layout, again.experts_layout) == ("fused", "linear", "fused")
+    assert saved_names(again) == saved_names(linear) == hub
 
 
 def test_a_fused_checkpoint_loads_and_saves_the_hubs_names(converted, tmp_path, read_tensors):

@@ -214,6 +214,16 @@ def test_the_cache_stays_in_its_budget_and_holds_the_experts_used_last(folder, e
         assert store.misses <= LAYERS * EXPERTS
 
 
+def test_what_was_used_longest_ago_leaves_the_cache_first(folder):
+    budget = 2 * LAYERS * EXPERT_BYTES
+    store = AutoModelForCausalLM.from_pretrained(folder, experts_on="disk", expert_cache=budget).expert_store
+    for chosen, kept in (([0, 1], [0, 1]), ([0], [1, 0]), ([5], [0, 5]), ([0, 5], [0, 5]), ([2, 5], [5, 2])):
+        for _ in store.fetch(0, chosen, torch.device("cpu"), torch.float32):
+            pass
+        assert list(store.cache[0]) == kept
+    assert (store.hits, store.misses) == (4, 4)
+
+
 def test_reading_ahead_overlaps_the_next_expert_with_the_computation_of_this_one(folder, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder, experts_on="disk")
     store, started = model.expert_store, threading.Event()

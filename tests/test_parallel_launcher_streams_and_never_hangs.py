@@ -114,7 +114,7 @@ def test_when_a_rank_dies_every_rank_ends_with_an_error(folder, how):
         waited = time.monotonic() - struck
         assert streaming.returncode != 0
         assert re.search(r"RuntimeError|DistBackendError|Connection closed|Timed out|ChildFailedError", error)
-        assert waited < timeout + 25  # torchrun itself gives its workers time to end
+        assert waited < timeout + 40  # torchrun itself gives its workers up to thirty seconds to end
         if how == signal.SIGSTOP:
             os.kill(victim, signal.SIGKILL)
         other.communicate(timeout=60)

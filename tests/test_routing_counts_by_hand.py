@@ -18,6 +18,7 @@ from modeling_grok1.model_card.routing import (
     PALETTE,
     RoutingStatistics,
     load_bars,
+    readable,
     routing_figure,
     routing_page,
     routing_statistics,
@@ -158,6 +159,12 @@ def test_the_pages_colours_are_those_of_the_experts(four_tokens):
     assert spans[0][2] == "experts 0 (0.50), 2 (0.25)"
     assert "<script" not in page and "a &quot;title&quot;" in page
     assert "experts 0 and 2 together for 50% of the tokens" in page
+
+
+def test_pieces_are_shown_as_text():
+    assert [readable(piece) for piece in ("▁the", "▁▁", "<0x0A>", "<0xE2>", "<b>", "<0x>")] == [
+        *(" the", "  ", "\n", "<0xE2>", "<b>", "<0x>"),
+    ]
 
 
 def contrast(a: str, b: str) -> float:

@@ -1,5 +1,5 @@
-"""A quantisation that is not known to reach the experts is refused, with what to use instead; these tests need none of the
-quantisation libraries."""
+"""A quantisation that is not known to reach the experts is refused, with what to use instead; these tests need none of
+the quantisation libraries."""
 
 import copy
 from pathlib import Path

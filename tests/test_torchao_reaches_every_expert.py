@@ -13,7 +13,7 @@ from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 
 pytest.importorskip("torchao")
 
-from torchao.quantization import (  # noqa: E402
+from torchao.quantization import (
     Float8WeightOnlyConfig,
     FqnToConfig,
     Int8WeightOnlyConfig,

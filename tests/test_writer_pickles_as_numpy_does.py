@@ -41,7 +41,9 @@ class Numpy126(pickle.Pickler):
     def reducer_override(self, thing):
         if isinstance(thing, FakeArray):
             state = (1, thing.shape, FakeDtype(thing.dtype), False, thing.data)
-            fresh = tuple([0])  # A constant would be one object for all arrays, and a reference from the second on.
+            fresh = tuple(
+                range(1)
+            )  # A constant would be one object for all arrays, and a reference from the second on.
             return RECONSTRUCT, (NDARRAY, fresh, b"b"), state
         if isinstance(thing, FakeDtype):
             if thing.name == "bfloat16":

@@ -19,6 +19,8 @@ from typer.exceptions import TyperException
 from modeling_grok1.cli.adopt import adopt_command
 from modeling_grok1.cli.card import card_command
 from modeling_grok1.cli.convert import convert_command
+from modeling_grok1.cli.demo import demo_command
+from modeling_grok1.cli.evaluate import eval_command
 from modeling_grok1.cli.export_xai import export_xai_command
 from modeling_grok1.cli.generate import generate_command
 from modeling_grok1.cli.inspect import inspect_command
@@ -113,6 +115,7 @@ START, CHECKPOINT, RUN, SHARE = "Start here", "From xAI's checkpoint", "Run and 
 
 # In the order in which one works.
 COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("demo", demo_command, START),
     ("convert", convert_command, CHECKPOINT),
     ("inspect", inspect_command, CHECKPOINT),
     ("verify", verify_command, CHECKPOINT),
@@ -121,6 +124,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("export-xai", export_xai_command, CHECKPOINT),
     ("plan", plan_command, RUN),
     ("generate", generate_command, RUN),
+    ("eval", eval_command, RUN),
     ("routing", routing_command, RUN),
     ("card", card_command, SHARE),
     ("push", push_command, SHARE),

@@ -35,11 +35,12 @@ def recite(checkpoint: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
     from transformers.utils import logging
 
-    import modeling_grok1  # noqa: F401 (registers the classes)
+    import modeling_grok1  # noqa: F401  (registers the classes)
     from modeling_grok1.conversion.convert import convert
     from modeling_grok1.model_card.routing import load_bars, routing_statistics
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # so small a model only waits for more
     console = Console(highlight=False)
     start = time.perf_counter()
     convert(checkpoint, folder)
@@ -63,29 +64,32 @@ def recite(checkpoint: Path, folder: Path) -> None:
     )
 
     passages = json.loads((checkpoint / "passages.json").read_text(encoding="utf-8"))
-    tokens, exact, texts = 0, 0, []
+    openings = [passage["opening"] for passage in passages]
+    wholes = [passage["opening"] + passage["continuation"] for passage in passages]
+    lengths = [len(ids) for ids in tokenizer(wholes)["input_ids"]]
+    steps = max(lengths) - min(len(ids) for ids in tokenizer(openings)["input_ids"])
     start = time.perf_counter()
-    for i, passage in enumerate(passages):
-        whole = passage["opening"] + passage["continuation"]
-        length = len(tokenizer(whole)["input_ids"]) - len(tokenizer(passage["opening"])["input_ids"])
-        settings = {"max_new_tokens": length, "do_sample": False}
-        text = generator(passage["opening"], **settings)[0]["generated_text"]
-        tokens, exact = tokens + length, exact + (text == whole)
-        texts.append(text)
-        if i < SHOWN:
-            said = text[len(passage["opening"]) :]
-            console.print(Text(passage["opening"], style="bold") + Text(said, style="green" if text == whole else "red"))
-            verdict = f"{len(said.split())} words, word for word" if text == whole else "not word for word"
-            console.print(f"    ({passage['source']}: {verdict})\n", style="dim", soft_wrap=True)
+    outputs = generator(openings, batch_size=len(openings), max_new_tokens=steps, do_sample=False)
     seconds = time.perf_counter() - start
+
+    exact = 0
+    for i, (passage, whole, output) in enumerate(zip(passages, wholes, outputs, strict=True)):
+        said = output[0]["generated_text"][len(passage["opening"]) : len(whole)]
+        verbatim = said == passage["continuation"]
+        exact += verbatim
+        if i < SHOWN or not verbatim:
+            console.print(Text(passage["opening"], style="bold") + Text(said, style="green" if verbatim else "red"))
+            verdict = f"{len(said.split())} words, word for word" if verbatim else "not word for word"
+            console.print(f"    ({passage['source']}: {verdict})\n", style="dim", soft_wrap=True)
     console.print(
-        f"{exact} of {len(passages)} passages word for word, {tokens} tokens, {tokens / seconds:.0f} tokens/s\n",
+        f"{exact} of {len(passages)} passages word for word; {len(passages) * steps / seconds:.0f} tokens/s in a "
+        f"batch of {len(passages)}\n",
         style="bold",
+        soft_wrap=True,
     )
 
-    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts[:1]]
-    console.print(f"Which of the {config.num_experts} experts spoke {passages[0]['opening']!r}:", soft_wrap=True)
-    with torch.no_grad():
-        console.print(load_bars(routing_statistics(model, ids[0])), markup=False, soft_wrap=True)
+    ids = tokenizer(wholes[0], return_tensors="pt")["input_ids"]
+    console.print(f"Which of the {config.num_experts} experts spoke {openings[0]!r}:", soft_wrap=True)
+    console.print(load_bars(routing_statistics(model, ids)), markup=False, soft_wrap=True)
     if exact < len(passages):
         raise typer.Exit(1)

@@ -26,6 +26,7 @@ def routing_command(
     from modeling_grok1.model_card.routing import (
         RoutingStatistics,
         load_bars,
+        readable,
         routing_figure,
         routing_page,
         routing_statistics,
@@ -39,7 +40,7 @@ def routing_command(
     model = Grok1ForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
     rows = ids.to(model.device).split(model.config.max_position_embeddings, dim=1)
     statistics = RoutingStatistics.join([routing_statistics(model, row) for row in rows])
-    pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    pieces = [readable(piece) for piece in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
     title = f"{text.name}: {ids.shape[1]:,} tokens through {len(statistics.experts)} layers"
     if out is not None:
         save_figure(routing_figure(statistics, pieces[:passage], title), out)

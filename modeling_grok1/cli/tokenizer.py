@@ -17,7 +17,7 @@ def tokenizer_command(
         int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
     ] = None,
 ) -> None:
-    """Write tokenizer.json and tokenizer_config.json, id for id what SentencePiece gives, beside a copy of the model."""
+    """Write tokenizer.json and tokenizer_config.json, id for id as SentencePiece, beside a copy of the model."""
     from modeling_grok1.conversion.tokenizer import convert_tokenizer
 
     convert_tokenizer(tokenizer_model, out, vocab_size)

@@ -20,15 +20,23 @@ def verify_command(
     state: Annotated[
         Path | None, typer.Option(help="Where to remember checked files; by default a hidden file in FOLDER.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --against: the config that the conversion was given.", exists=True)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="With --against: the tokenizer that the conversion was given.", exists=True)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check the released files by size and SHA-256, or a converted folder bit by bit against its source."""
     if against is None:
+        if config is not None or tokenizer is not None:
+            raise typer.BadParameter("--config and --tokenizer go with --against.")
         _verify_source(folder, jobs, state, as_json)
     else:
         if state is not None:
             raise typer.BadParameter("--state goes with the released files, not with --against.")
-        _verify_output(folder, against, jobs, as_json)
+        _verify_output(folder, against, config, tokenizer, jobs, as_json)
 
 
 def _verify_source(folder: Path, jobs: int | None, state: Path | None, as_json: bool) -> None:
@@ -56,14 +64,16 @@ def _verify_source(folder: Path, jobs: int | None, state: Path | None, as_json: 
         raise typer.Exit(1)
 
 
-def _verify_output(folder: Path, against: Path, jobs: int | None, as_json: bool) -> None:
+def _verify_output(
+    folder: Path, against: Path, config: Path | None, tokenizer: Path | None, jobs: int | None, as_json: bool
+) -> None:
     from rich.console import Console
 
     from modeling_grok1.cli.progress import byte_progress
     from modeling_grok1.conversion.verify_output import verify_output
 
     with byte_progress("Re-deriving every tensor") as progress:
-        problems = verify_output(folder, against, jobs=jobs, progress=progress)
+        problems = verify_output(folder, against, config=config, tokenizer=tokenizer, jobs=jobs, progress=progress)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "against": str(against), "problems": problems}, indent=2))
         raise typer.Exit(1 if problems else 0)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(fetch()))
 for _name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
     del sys.modules[_name]
 
-import stand_ins  # noqa: E402, F401  (before the mixins: they import what it stands in for)
+import stand_ins  # noqa: E402  (before the mixins: they import what it stands in for)
 import torch  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 

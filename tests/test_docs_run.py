@@ -1,0 +1,125 @@
+"""Every code block of README.md and docs/ runs as it is pasted, or says what hardware it needs and is parsed.
+
+A block below `<!-- needs: ... -->` is only parsed. All others run in a folder of their own, one page after the other, in the
+order of the page, where lie: `grok-1` (a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless
+the page converts it itself) and `text.txt`. Lines of bash that begin with `grok1` run in this process.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from modeling_grok1.cli import app
+from modeling_grok1.conversion.convert import convert
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "modeling_grok1" / "demo"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?P<needs><!-- needs: [^\n]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+    needs: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text[: m.start("code")].count("\n") + 1, m["language"], m["code"], m["needs"])
+        for m in FENCE.finditer(text)
+    ]
+
+
+def commands(code: str) -> list[str]:
+    """The commands of a block of bash, continuation lines joined, comments and blank lines left out."""
+    joined = re.sub(r"\\\n\s*", " ", code).splitlines()
+    return [line for line in joined if line.strip() and not line.lstrip().startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "grok-1").mkdir()
+    shutil.copytree(DEMO / "ckpt-0", folder / "grok-1" / "ckpt-0")
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(DEMO / name, folder / "grok-1" / name)
+    convert(folder / "grok-1", folder / "converted")
+    (folder / "text.txt").write_text("Now is the winter of our discontent\nMade glorious summer.\n")
+    return folder
+
+
+def run_bash(line: str) -> None:
+    if not line.startswith("grok1 "):
+        result = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        return
+    shown = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+    if shown.exception is not None and not isinstance(shown.exception, SystemExit):
+        raise shown.exception
+    assert shown.exit_code == 0, f"{line}\n{shown.output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
+    found = blocks(page)
+    for block in found:
+        assert block.language in ("python", "bash", "text", "json", "bibtex"), f"{page.name}:{block.line}: {block.language}"
+    runnable = [block for block in found if block.needs is None and block.language in ("python", "bash")]
+    shutil.copytree(world / "grok-1", tmp_path / "grok-1")
+    shutil.copy(world / "text.txt", tmp_path)
+    converts = [line for block in runnable for line in commands(block.code) if re.match("grok1 convert .*grok-1-hf( |$)", line)]
+    if not converts:
+        shutil.copytree(world / "converted", tmp_path / "grok-1-hf")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {"__name__": "__docs__"}
+    for block in runnable:
+        if block.language == "python":
+            # Compiled with the page's own line numbers, so that a traceback points there.
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
+        else:
+            for line in commands(block.code):
+                run_bash(line)
+    assert os.getcwd() == str(tmp_path), "a page must not change into another folder"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_that_need_hardware_parse_and_name_real_options(page):
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        if block.language == "python":
+            ast.parse(block.code, where)
+        elif block.language == "bash":
+            checked = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+            assert checked.returncode == 0, f"{where}: {checked.stderr}"
+            for line in commands(block.code):
+                if line.startswith("grok1 "):
+                    known_options(line, where)
+
+
+def known_options(line: str, where: str) -> None:
+    command, *arguments = shlex.split(line, comments=True)[1:]
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert shown.exit_code == 0, f"{where}: no command {command}"
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert re.search(rf"{re.escape(argument.split('=')[0])}\b", shown.stdout), f"{where}: {argument}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
