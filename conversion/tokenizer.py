@@ -79,9 +79,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     )
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
-        return _parse_model(data)
-    except (RuntimeError, ValueError, struct.error, IndexError) as error:
+        model = _parse_model(data)
+    except (RuntimeError, ValueError, LookupError, struct.error) as error:
         raise refusal from error
+    if not model.pieces:
+        raise refusal
+    return model
 
 
 def _parse_model(data: bytes) -> SentencePieceModel:

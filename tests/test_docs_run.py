@@ -1,11 +1,12 @@
 """Every code block of README.md and docs/ runs as it is pasted, or says what hardware it needs and is parsed.
 
-A block below `<!-- needs: ... -->` is only parsed. All others run in a folder of their own, one page after the other, in the
-order of the page, where lie: `grok-1` (a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless
+A block below `<!-- needs: ... -->` is only parsed. All others run in a folder of their own, in
+the order of the page, where lie: `grok-1` (a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless
 the page converts it itself) and `text.txt`. Lines of bash that begin with `grok1` run in this process.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,9 @@ from typer.testing import CliRunner
 
 from modeling_grok1.cli import app
 from modeling_grok1.conversion.convert import convert
+from modeling_grok1.conversion.names import BLOCK_KINDS, hub_tensors
+from modeling_grok1.conversion.release import release_sizes
+from modeling_grok1.model_card.card import card_facts
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,12 +81,11 @@ def run_bash(line: str) -> None:
 def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
     found = blocks(page)
     for block in found:
-        assert block.language in ("python", "bash", "text", "json", "bibtex"), f"{page.name}:{block.line}: {block.language}"
+        assert block.language in ("python", "bash", "text"), f"{page.name}:{block.line}: {block.language or 'none'}"
     runnable = [block for block in found if block.needs is None and block.language in ("python", "bash")]
     shutil.copytree(world / "grok-1", tmp_path / "grok-1")
     shutil.copy(world / "text.txt", tmp_path)
-    converts = [line for block in runnable for line in commands(block.code) if re.match("grok1 convert .*grok-1-hf( |$)", line)]
-    if not converts:
+    if not any(re.search(r"^grok1 convert .*grok-1-hf\b", block.code, re.M) for block in runnable):
         shutil.copytree(world / "converted", tmp_path / "grok-1-hf")
     monkeypatch.chdir(tmp_path)
     scope: dict = {"__name__": "__docs__"}
@@ -117,6 +120,42 @@ def known_options(line: str, where: str) -> None:
     for argument in arguments:
         if argument.startswith("--"):
             assert re.search(rf"{re.escape(argument.split('=')[0])}\b", shown.stdout), f"{where}: {argument}"
+
+
+def test_the_hardware_table_is_computed(tmp_path):
+    """docs/hardware.md, row by row, from the sizes of the release."""
+    (tmp_path / "config.json").write_text(json.dumps(vars(release_sizes())))
+    facts = card_facts(tmp_path, hub_tensors(release_sizes()), shards=[1])
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    for row in facts.memory:
+        weights = f"{row.weights / 1e9:.1f} GB" if row.weights < 1e12 else f"{row.weights / 1e12:.1f} TB"
+        cache = f"{row.cache / 1e9:.1f} GB"
+        assert f"| {row.precision} | {weights} | {cache} | {row.devices} |" in text
+    assert f"{facts.parameters:,} parameters {facts.active_parameters:,} work for one token" in text
+    experts = facts.parameters * facts.expert_share / 100
+    assert f"{(facts.parameters - experts) * 2 / 1e9:.1f} GB with the embedding" in text
+    read = experts / 4
+    assert f"{2 * read / 1e9:.1f} GB in bfloat16 and {read / 1e9:.1f} GB in int8" in text
+
+
+def test_the_conversion_sizes_are_computed():
+    """docs/weights.md, the bytes of each `--dtype`."""
+    text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    for dtype in ("bfloat16", "float32", "int8"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{dtype}` |"))
+        written = sum(tensor.nbytes for tensor in hub_tensors(release_sizes(), "hub", dtype).values())
+        assert row.endswith(f"| {written:,} |")
+
+
+def test_the_name_tables_are_the_converters():
+    """docs/weights.md against conversion/names.py: every kind, path and name."""
+    text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    for kind in BLOCK_KINDS:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{kind.path}`"))
+        for name in (kind.hub, kind.hpcai, kind.keyfan):
+            assert f"`{name.replace('{e}', 'M')}`" in row, (kind.name, name)
+        assert f"({', '.join(kind.shape)}{',' if len(kind.shape) == 1 else ''})" in row
+        assert ("int8" in row) == kind.quantised
 
 
 def test_links_between_pages_lead_somewhere():

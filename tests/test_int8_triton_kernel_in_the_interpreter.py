@@ -63,3 +63,17 @@ def test_interpreted(interpreted, case, dtype):
 @pytest.mark.parametrize("case", [*CASES, ([1, 1], 65536, 6144, 1), ([1000, 48], 6144, 32768, 8)])
 def test_compiled(case, dtype):
     compare(importlib.import_module(KERNEL).int8_grouped_matmul, *case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("tile", [(16, 32, 256), (64, 128, 64)])
+def test_compiles_for_a_gpu_that_is_not_here(tile):
+    """Down to machine code for compute capability 9.0, with the released model's expert and blocks of 4096 inputs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = importlib.import_module(KERNEL).int8_matmul_kernel
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*i8", "scale_ptr": "*bf16", "offsets_ptr": "*i32", "y_ptr": "*bf16"}
+    constants = {"E": 8, "GROUP": 4096, **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), tile, strict=True))}
+    signature = {**pointers, "N": "i32", "K": "i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert "mma" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -71,7 +71,7 @@ def test_the_printing_streamer_prints_it(tokenizer, capsys):
 
 
 def test_transformers_own_streamers_lose_one_space_a_line_and_nothing_else(tokenizer, capsys):
-    """They flush after a newline, and no decoding can know then that the next token's space is not the dummy prefix."""
+    """They flush after a newline, and decoding what follows cannot know that its space is not the dummy prefix."""
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         expected = re.sub("\n ", "\n", text)

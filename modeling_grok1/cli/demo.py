@@ -39,6 +39,7 @@ def recite(checkpoint: Path, folder: Path) -> None:
     from modeling_grok1.conversion.convert import convert
     from modeling_grok1.model_card.routing import load_bars, routing_statistics
 
+    torch.set_num_threads(1)  # matrices this small lose more by waking threads than they gain
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # so small a model only waits for more
     console = Console(highlight=False)
