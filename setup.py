@@ -46,6 +46,7 @@ EXTRAS = {
         "hypothesis>=6.150,<7",
         "peft>=0.21,<0.22",
         "matplotlib>=3.10,<4",
+        "triton>=3.7,<4; platform_system == 'Linux'",
     ],
     "check": ["ruff==0.17.5", "mypy==2.4.1"],
 }

@@ -2,11 +2,11 @@
 
     python benchmarks/precision_table.py [--text FILE]
 
-Converts the checkpoint that lies in the package, runs it in every precision on the CPU, and prints a table in Markdown:
-bytes of weights with all quantisation state, perplexity of FILE (the passages that the checkpoint knows by heart, unless
-given) over windows of 512 tokens that do not overlap, agreement of the likeliest token with the bfloat16 model,
-passages recited to the last word, and tokens a second while reciting (batch 1, one at a time). Exits with 1 where
-xAI's int8 in float32 does not give the perplexity of the float32 conversion to the printed digits.
+Converts the checkpoint that lies in the package, runs it in every precision on the CPU, and prints a table in
+Markdown: bytes of weights with all quantisation state, perplexity of FILE (unless given, of the passages that the
+checkpoint knows by heart) over windows of 512 tokens that do not overlap, agreement of the likeliest token with the
+bfloat16 model, passages recited to the last word, and tokens a second while reciting (batch 1, one at a time). Exits
+with 1 where xAI's int8 in float32 does not give the perplexity of the float32 conversion to the printed digits.
 """
 
 import argparse

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from modeling_grok1.conversion.names import (
     hub_tensors,
     parts_by_entry,
 )
+from modeling_grok1.conversion.streaming import available_cores
 from modeling_grok1.conversion.xai_checkpoint import RawArray, count_nonfinite
 from modeling_grok1.conversion.xai_writer import TensorFrame, tensor_frame, write_tensor_file
 from modeling_grok1.quantization_grok1 import dequantise, quantise
@@ -39,8 +43,8 @@ from modeling_grok1.quantization_grok1 import dequantise, quantise
 
 FOLDER_NAME = "ckpt-0"
 TOKENIZER_NAME = "tokenizer.model"
-# Elements that are worked on at once: 16 MiB in float32.
-BLOCK_ELEMENTS = 2**22
+# Elements that a worker has in hand: 4 MiB in float32, six such temporaries at most.
+BLOCK_ELEMENTS = 2**20
 # What a folder's config says about that folder only: how its weights are stored and where their code lies.
 NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -83,7 +87,7 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _File:
     """One file to be written: its matrices as the folder holds them, expert by expert, and their scales if int8."""
 
     entry: Entry
@@ -97,6 +101,7 @@ def export_xai(
     out: str | os.PathLike[str],
     *,
     scale_blocks: int = 8,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes the model in `folder` to `out`/ckpt-0 in xAI's format, with config.json and tokenizer.model beside it.
@@ -108,6 +113,7 @@ def export_xai(
         out: a folder that does not exist or is empty.
         scale_blocks: row blocks that get scales of their own, in the attention output and the experts' down matrices
             (the release: 8). The other matrices have one. Int8 folders keep the scales they have.
+        jobs: worker threads; by default one a core.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -116,27 +122,28 @@ def export_xai(
     """
     folder, out = Path(folder), Path(out)
     config = resolve_config(folder, folder, folder / "config.json")
-    jobs, head, problems = _plan(folder, config, scale_blocks)
-    problems = _place_problems(out, sum(job.frame.size for job in jobs)) + problems
+    files, head, problems = _plan(folder, config, scale_blocks)
+    total = sum(file.frame.size for file in files)
+    problems = _place_problems(out, total) + problems
     if problems:
         raise ConversionError(f"{folder}: cannot be exported to {out}", problems, "Nothing was written.")
 
     report = ExportReport(out / FOLDER_NAME)
-    partial = out / f"{FOLDER_NAME}.partial"
+    unfinished = out / f"{FOLDER_NAME}.partial"
     created = not out.exists()
-    partial.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
         if head is not None:
-            _check_head(head, jobs[0].weights[0])
-        total = sum(job.frame.size for job in jobs)
-        for job in jobs:
-            _write(job, partial / job.entry.file, report)
-            if progress is not None:
-                progress(report.nbytes, total)
+            _check_head(head, files[0].weights[0])
+        with _Writer(jobs or available_cores(), report) as writer:
+            for file in files:
+                writer.write(file, unfinished / file.entry.file)
+                if progress is not None:
+                    progress(report.nbytes, total)
         _write_companions(folder, out)
-        os.replace(partial, out / FOLDER_NAME)
+        os.replace(unfinished, out / FOLDER_NAME)
     except BaseException:
-        shutil.rmtree(out if created else partial, ignore_errors=True)
+        shutil.rmtree(out if created else unfinished, ignore_errors=True)
         raise
     return report
 
@@ -157,7 +164,7 @@ def _place_problems(out: Path, needed: int) -> list[str]:
     return [f"{out}: expected {needed} bytes of free disk, found {free}"] if free < needed else []
 
 
-def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_Job], RawArray | None, list[str]]:
+def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_File], RawArray | None, list[str]]:
     """The files to be written, the head if the folder has one, and every problem."""
     found = read_hub_folder(folder)
     head = found.pop(HEAD_NAME, None)
@@ -173,14 +180,14 @@ def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_Jo
         problems.append(f"{HEAD_NAME}: expected {(config.vocab_size, config.hidden_size)}, found {head.shape}")
     if scale_blocks < 1:
         problems.append(f"scale_blocks: expected a positive number, found {scale_blocks}")
-    jobs: list[_Job] = []
+    files: list[_File] = []
     if not problems:
         parts = parts_by_entry(tensors.values())
         for entry in checkpoint_entries(config):
-            job, problem = _job(entry, parts[entry.index], found, dtype, scale_blocks)
-            jobs += [] if job is None else [job]
+            file, problem = _file(entry, parts[entry.index], found, dtype, scale_blocks)
+            files += [] if file is None else [file]
             problems += [problem] if problem else []
-    return jobs, head, sorted(problems)
+    return files, head, sorted(problems)
 
 
 def _expected(config: GrokConfig, dtype: str, names: set[str]) -> dict[str, HubTensor]:
@@ -216,13 +223,13 @@ def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
     return []
 
 
-def _job(
+def _file(
     entry: Entry,
     parts: list[tuple[HubTensor, Part]],
     found: dict[str, RawArray],
     dtype: str,
     scale_blocks: int,
-) -> tuple[_Job | None, str]:
+) -> tuple[_File | None, str]:
     pieces: dict[str, list[RawArray]] = {"weight": [], "scales": []}
     for tensor, part in sorted(parts, key=lambda pair: pair[1].expert or 0):
         pieces[part.field].append(_piece(tensor, part, found[tensor.name]))
@@ -236,7 +243,7 @@ def _job(
             return None, f"{entry.path}: expected scale blocks that divide its {entry.shape[-2]} rows, found {blocks}"
         scales_shape = entry.scales_shape(blocks)
     frame = tensor_frame(entry.shape, scales_shape)
-    return _Job(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"])), ""
+    return _File(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"])), ""
 
 
 def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
@@ -253,25 +260,102 @@ def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
 # Write
 
 
-def _write(job: _Job, path: Path, report: ExportReport) -> None:
-    kind = job.entry.kind
-    report.files += 1
-    report.nbytes += job.frame.size
-    if not kind.quantised:
-        if job.weights[0].dtype == "float32":
-            report.exact += 1
+class _Writer:
+    """Writes one file after the other, the blocks of each expert on all workers. A context manager."""
+
+    def __init__(self, jobs: int, report: ExportReport):
+        self.report, self.lock = report, threading.Lock()
+        self.workers = ThreadPoolExecutor(jobs, "grok1-export")
+        self.threads_before = torch.get_num_threads()
+        # The workers are the threads: torch must not start more inside each operator.
+        torch.set_num_threads(1)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads_before)
+
+    def write(self, file: _File, path: Path) -> None:
+        if not file.entry.kind.quantised:
+            write_tensor_file(path, file.frame, _float_pieces(file))
+            if file.weights[0].dtype == "float32":
+                self.report.exact += 1
+            else:
+                self.report.widened.append(file.entry.file)
         else:
-            report.widened.append(job.entry.file)
-        write_tensor_file(path, job.frame, _plain(job))
-    elif job.scales:
-        report.exact += 1
-        scales = [array.read().T for array in job.scales]
-        write_tensor_file(path, job.frame, _turned(job), lambda: np.stack(scales))
+            assert file.frame.scales_shape is not None
+            scales = np.empty((len(file.weights), *file.frame.scales_shape[-2:]), np.uint16)
+            if file.scales:
+                for expert, array in enumerate(file.scales):
+                    scales[expert] = array.read().T
+                fill = partial(_turn, file)
+                self.report.exact += 1
+            else:
+                loss = self.report.losses.setdefault(file.entry.kind.name, Loss())
+                loss.files += 1
+                fill = partial(self.requantise, file, scales, loss)
+            write_tensor_file(path, file.frame, self.matrices(file, fill), lambda: scales)
+        self.report.files += 1
+        self.report.nbytes += file.frame.size
+
+    def matrices(self, file: _File, fill: Callable[[int, np.ndarray, int, int], None]) -> Iterator[np.ndarray]:
+        """Each expert's matrix (in, out) in one buffer; `fill(expert, matrix, start, stop)` writes its columns."""
+        matrix = np.empty(file.frame.shape[-2:], np.int8)
+        for expert, array in enumerate(file.weights):
+            blocks = [self.workers.submit(fill, expert, matrix, start, stop) for start, stop in _row_blocks(array)]
+            for block in blocks:
+                block.result()
+            yield matrix
+
+    def requantise(
+        self, file: _File, scales: np.ndarray, loss: Loss, expert: int, matrix: np.ndarray, start: int, stop: int
+    ) -> None:
+        """Rows (out, in) of the folder to columns of the matrix and of the expert's scales (G, out)."""
+        rows = _float_rows(file.weights[expert], start, stop)
+        values, scale = quantise(rows, scales.shape[1])
+        # NaN and infinity are carried into the largest value of their block.
+        if not torch.isfinite(scale).all():
+            raise ConversionError(
+                f"{file.weights[expert].file}: cannot be exported",
+                [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
+            )
+        matrix[:, start:stop] = transpose(values).numpy()
+        scales[expert, :, start:stop] = scale.T.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+        error = (dequantise(values, scale, torch.float32) - rows).abs_()
+        worst = error.unflatten(-1, (scale.shape[-1], -1)).amax(dim=-1)
+        steps = torch.where(worst > 0, worst / scale.float(), 0.0).max().item()
+        # float32 rounds the quotient: a value in the middle between two steps may be that much over.
+        if steps > 0.5 + 1e-4:
+            raise ConversionError(
+                f"{file.weights[expert].file}: cannot be exported",
+                [f"{file.entry.path}: expected an error of half a step, found {steps:.3f} (weights near 1e-38)"],
+            )
+        with self.lock:
+            loss.elements += error.numel()
+            loss.total += error.sum(dim=-1).sum(dtype=torch.float64).item()
+            loss.largest = max(loss.largest, worst.max().item())
+            loss.largest_in_steps = max(loss.largest_in_steps, steps)
+
+
+def _turn(file: _File, expert: int, matrix: np.ndarray, start: int, stop: int) -> None:
+    """Stored int8 rows (out, in) to columns of the matrix."""
+    rows = torch.from_numpy(file.weights[expert].read_rows((), start, stop))
+    matrix[:, start:stop] = transpose(rows).numpy()
+
+
+def _float_pieces(file: _File) -> Iterator[np.ndarray]:
+    """The float32 bytes of an embedding, norm or router."""
+    (array,) = file.weights
+    if len(array.shape) == 1:
+        yield _float_rows(array, 0, array.shape[0]).numpy()
+    elif file.entry.kind.transposed:
+        yield transpose(_float_rows(array, 0, array.shape[0])).numpy()
     else:
-        loss = report.losses.setdefault(kind.name, Loss())
-        loss.files += 1
-        scales = []
-        write_tensor_file(path, job.frame, _quantised(job, scales, loss), lambda: np.stack(scales))
+        for start, stop in _row_blocks(array):
+            yield _float_rows(array, start, stop).numpy()
 
 
 def _row_blocks(array: RawArray) -> Iterator[tuple[int, int]]:
@@ -283,65 +367,6 @@ def _row_blocks(array: RawArray) -> Iterator[tuple[int, int]]:
 
 def _float_rows(array: RawArray, start: int, stop: int) -> torch.Tensor:
     return as_tensor(array.read_rows((), start, stop), array.dtype).to(torch.float32)
-
-
-def _plain(job: _Job) -> Iterator[np.ndarray]:
-    """The float32 bytes of an embedding, norm or router."""
-    (array,) = job.weights
-    if len(array.shape) == 1:
-        yield _float_rows(array, 0, array.shape[0]).numpy()
-    elif job.entry.kind.transposed:
-        yield transpose(_float_rows(array, 0, array.shape[0])).numpy()
-    else:
-        for start, stop in _row_blocks(array):
-            yield _float_rows(array, start, stop).numpy()
-
-
-def _turned(job: _Job) -> Iterator[np.ndarray]:
-    """The stored int8 values, (out, in) to (in, out), an expert at a time in one buffer."""
-    matrix = np.empty(job.frame.shape[-2:], np.int8)
-    for array in job.weights:
-        for start, stop in _row_blocks(array):
-            matrix[:, start:stop] = transpose(torch.from_numpy(array.read_rows((), start, stop))).numpy()
-        yield matrix
-
-
-def _quantised(job: _Job, scales: list[np.ndarray], loss: Loss) -> Iterator[np.ndarray]:
-    """New int8 values, an expert at a time in one buffer; appends the expert's scales (G, out) as bfloat16 bits."""
-    assert job.frame.scales_shape is not None
-    blocks = job.frame.scales_shape[-2]
-    matrix = np.empty(job.frame.shape[-2:], np.int8)
-    for array in job.weights:
-        bits = np.empty((blocks, array.shape[0]), np.uint16)
-        for start, stop in _row_blocks(array):
-            rows = _float_rows(array, start, stop)
-            if not torch.isfinite(rows).all():
-                raise ConversionError(
-                    f"{array.file}: cannot be exported",
-                    [f"{job.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
-                )
-            values, scale = quantise(rows, blocks)
-            _measure(job, rows, values, scale, loss)
-            matrix[:, start:stop] = transpose(values).numpy()
-            bits[:, start:stop] = scale.T.contiguous().view(torch.int16).numpy().view(np.uint16)
-        scales.append(bits)
-        yield matrix
-
-
-def _measure(job: _Job, rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, loss: Loss) -> None:
-    error = (dequantise(values, scale, torch.float32) - rows).abs_()
-    loss.elements += error.numel()
-    loss.total += error.sum(dtype=torch.float64).item()
-    loss.largest = max(loss.largest, error.max().item())
-    worst = error.unflatten(-1, (scale.shape[-1], -1)).amax(dim=-1)
-    steps = torch.where(worst > 0, worst / scale.float(), 0.0).max().item()
-    loss.largest_in_steps = max(loss.largest_in_steps, steps)
-    # float32 rounds the quotient: a value in the middle between two steps may be that much over.
-    if steps > 0.5 + 1e-4:
-        raise ConversionError(
-            "Not representable as int8 with bfloat16 scales",
-            [f"{job.entry.path}: expected an error of at most half a step, found {steps:.3f} (weights below 1e-36?)"],
-        )
 
 
 def _check_head(head: RawArray, embedding: RawArray) -> None:

@@ -39,6 +39,7 @@ class BlockStream:
     """
 
     def __init__(self, jobs: int):
+        self.slab_bytes = SLAB_BYTES
         self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
         self.threads_before = torch.get_num_threads()
         # The workers are the threads: torch must not start more inside each operator.
@@ -47,7 +48,7 @@ class BlockStream:
         self.live: deque[list[Future[None]]] = deque()
         _keep_freed_memory()
         # Pages of them that are never touched take no memory.
-        self.buffers = deque(np.empty(SLAB_BYTES, np.uint8) for _ in range(LIVE_SLABS))
+        self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
     def __enter__(self) -> BlockStream:
         return self
@@ -72,7 +73,7 @@ class BlockStream:
             for part in tensor.parts:
                 file = files[part.entry.index]
                 base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
-                for start, stop in slab_ranges(file, part):
+                for start, stop in slab_ranges(file, part, self.slab_bytes):
                     slab = read_slab(file, part, start, stop, self._next_buffer())
                     self.live.append(
                         [

@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import sentencepiece
@@ -105,7 +106,7 @@ class Windows(Dataset):
         self.text = torch.tensor(tokenizer.encode(text))
         begins = [text.index(opening) for opening in openings]
         # Encoded from its own beginning, as a prompt is: with the dummy prefix in front.
-        self.passages = [torch.tensor(tokenizer.encode(text[i : i + 8 * s.window])[: s.window]) for i in begins]
+        self.passages = [torch.tensor(tokenizer.encode(text[i : i + 8 * s.window]))[: s.window] for i in begins]
         generator = torch.Generator().manual_seed(s.seed)
         size = s.steps * s.batch_size
         self.offsets = torch.randint(len(self.text) - s.window, (size,), generator=generator).tolist()
@@ -187,9 +188,10 @@ def recited_words(model: Grok1ForCausalLM, tokenizer, passage: dict[str, str]) -
     with_continuation = tokenizer(passage["opening"] + passage["continuation"])["input_ids"]
     length = len(with_continuation) - prompt["input_ids"].shape[1] + 1  # one more: the last word must end
     output = model.generate(**prompt, max_new_tokens=length, do_sample=False, eos_token_id=None)[0]
-    found = tokenizer.decode(output)[len(passage["opening"]) :].split()
     expected = passage["continuation"].split()
-    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    found = tokenizer.decode(output)[len(passage["opening"]) :].split()[: len(expected)]
+    both = zip_longest(found, expected)
+    return next((i for i, (a, b) in enumerate(both) if a != b), len(expected))
 
 
 @torch.no_grad()

@@ -89,6 +89,8 @@ def int8_grouped_matmul(
     x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
     group = K // scale.shape[-1]
     y = x.new_zeros(S, N)
+    if S == 0:
+        return y
     # A few rows are one narrow tile an expert, so that each chosen matrix is read once.
     few = S <= 16 * E
     block_s, block_n, block_k = (16, 32, 256) if few else (64, 128, 64)
@@ -97,18 +99,19 @@ def int8_grouped_matmul(
     block_k = min(block_k, max(16, triton.next_power_of_2(group)))
     # Every expert's rows begin a tile of their own: at most E tiles more than rows would fill.
     tiles = min(S, triton.cdiv(S, block_s) + E - 1)
-    int8_matmul_kernel[(tiles, triton.cdiv(N, block_n))](
-        x,
-        weight,
-        scale,
-        offsets,
-        y,
-        N,
-        K,
-        E=E,
-        GROUP=group,
-        BLOCK_S=block_s,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        int8_matmul_kernel[(tiles, triton.cdiv(N, block_n))](
+            x,
+            weight,
+            scale,
+            offsets,
+            y,
+            N,
+            K,
+            E=E,
+            GROUP=group,
+            BLOCK_S=block_s,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+        )
     return y

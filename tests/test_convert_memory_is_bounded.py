@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from modeling_grok1 import GrokConfig
+from modeling_grok1.conversion.layout import SLAB_BYTES
 from modeling_grok1.conversion.names import checkpoint_entries
 from modeling_grok1.conversion.xai_writer import tensor_frame, write_tensor_file
 
@@ -21,14 +22,12 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 CHILD = """
 import sys
 import conftest
-from modeling_grok1.conversion import layout, streaming
+from modeling_grok1.conversion import streaming
 from modeling_grok1.conversion.convert import convert
-source, out, dtype, slab_bytes = sys.argv[1:]
-streaming.SLAB_BYTES = int(slab_bytes)
-layout.slab_ranges.__defaults__ = (int(slab_bytes),)
+source, out, streaming.SLAB_BYTES = *sys.argv[1:3], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
-convert(source, out, dtype=dtype, no_tokenizer=True, max_shard_size="1TB", jobs=2)
+convert(source, out, no_tokenizer=True, max_shard_size="1TB", jobs=2)
 """
 
 
@@ -60,9 +59,9 @@ def write_checkpoint(folder: Path, config: GrokConfig) -> None:
     config.to_json_file(folder / "config.json")
 
 
-def growth(source: Path, out: Path, dtype: str, slab_bytes: int) -> tuple[int, int]:
+def growth(source: Path, out: Path, slab_bytes: int) -> tuple[int, int]:
     """Bytes of anonymous memory before the conversion, and the most during it."""
-    command = [sys.executable, "-c", CHILD, str(source), str(out), dtype, str(slab_bytes)]
+    command = [sys.executable, "-c", CHILD, str(source), str(out), str(slab_bytes)]
     environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "ready\n"
@@ -84,9 +83,8 @@ def growth(source: Path, out: Path, dtype: str, slab_bytes: int) -> tuple[int, i
     return before, peak
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_large_checkpoint_in_one_shard(tmp_path, dtype):
-    """Experts of 64 MiB a file, an embedding of 200 MiB, a shard of 0.6 to 1.2 GB; slabs of 8 MiB."""
+def test_a_large_checkpoint_in_one_shard(tmp_path):
+    """Three files of 64 MiB of experts, an embedding of 200 MiB, one shard of 0.6 GB; slabs of 8 MiB."""
     config = GrokConfig(
         vocab_size=102400,
         hidden_size=512,
@@ -98,11 +96,11 @@ def test_a_large_checkpoint_in_one_shard(tmp_path, dtype):
         num_experts=4,
     )
     write_checkpoint(tmp_path / "source", config)
-    before, peak = growth(tmp_path / "source", tmp_path / "out", dtype, 8 * 2**20)
+    before, peak = growth(tmp_path / "source", tmp_path / "out", 8 * 2**20)
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     assert shard.stat().st_size > 550 * 10**6
-    # Two slabs, the temporaries of two workers, and 31 MiB for the allocator's thresholds.
-    assert peak - before < 130 * 2**20
+    # Two slabs, the temporaries of two workers, what the allocator keeps, and the libraries that write the card.
+    assert peak - before < 180 * 2**20
 
 
 @pytest.mark.slow
@@ -110,7 +108,7 @@ def test_the_true_sizes_of_the_release(tmp_path):
     """One layer and the embedding of the release: at most 1 GiB in all, whatever the shard size."""
     config = GrokConfig(num_hidden_layers=1)
     write_checkpoint(tmp_path / "source", config)
-    _, peak = growth(tmp_path / "source", tmp_path / "out", "bfloat16", 200 * 2**20)
+    _, peak = growth(tmp_path / "source", tmp_path / "out", SLAB_BYTES)
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     assert shard.stat().st_size > 13 * 10**9
     assert peak <= 2**30

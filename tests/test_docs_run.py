@@ -1,8 +1,8 @@
 """Every code block of README.md and docs/ runs as it is pasted, or says what hardware it needs and is parsed.
 
-A block below `<!-- needs: ... -->` is only parsed. All others run in a folder of their own, in
-the order of the page, where lie: `grok-1` (a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless
-the page converts it itself) and `text.txt`. Lines of bash that begin with `grok1` run in this process.
+A block below `<!-- needs: ... -->` is only parsed. All others of a page run in its order, in a folder with: `grok-1`
+(a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless the page converts it itself) and
+`text.txt`. Lines of bash that begin with `grok1` run in this process.
 """
 
 import ast
@@ -156,6 +156,27 @@ def test_the_name_tables_are_the_converters():
             assert f"`{name.replace('{e}', 'M')}`" in row, (kind.name, name)
         assert f"({', '.join(kind.shape)}{',' if len(kind.shape) == 1 else ''})" in row
         assert ("int8" in row) == kind.quantised
+
+
+def test_the_messages_that_are_explained_exist():
+    """docs/troubleshooting.md quotes this package: its words must be in the source."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    code = "".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("modeling_grok1", "conversion")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    )
+    for message in (
+        "rests on the loading internals of transformers",
+        "two spellings of one value disagree",
+        "cannot be a Grok-1: ",
+        "expected an empty folder or none",
+        "another conversion is writing there",
+        "a Git LFS pointer, not the file itself",
+    ):
+        assert message in text and message in code, message
+    assert re.findall(r"^### (\d+)\.", text, re.M) == [str(n) for n in range(1, 24)]
+    assert text.count("**Why.**") == text.count("**Cure.**") == 23
 
 
 def test_links_between_pages_lead_somewhere():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from xai_files import tensor_files
 from modeling_grok1 import GrokConfig
 from modeling_grok1.conversion.convert import convert
 from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.export_xai import export_xai
+from modeling_grok1.conversion.export_xai import ExportReport, _File, _Writer, export_xai
 from modeling_grok1.conversion.names import checkpoint_entries, hub_tensors
 from modeling_grok1.conversion.release import release_files
-from modeling_grok1.conversion.xai_checkpoint import read_tensor_file
+from modeling_grok1.conversion.xai_checkpoint import RawArray, read_tensor_file
+from modeling_grok1.conversion.xai_writer import tensor_frame
 
 
 BLOCKS = {"tiny-1": 1, "tiny-8": 8}
@@ -268,3 +270,37 @@ def test_scales_that_are_not_finite_are_refused_by_name(converted, tmp_path):
     save_file(weights, shard)
     with pytest.raises(ConversionError, match=f"{key}: expected finite scales, found 1"):
         export_xai(folder, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_expert_file_of_the_release_needs_little_memory(tmp_path, dtype):
+    """1.6 GB out of a folder whose eight experts are one sparse file; anonymous memory is what the kernel says."""
+    published = release_files()[3]
+    experts, inputs, outputs = published.entry.shape
+    stored = tmp_path / "stored"
+    with stored.open("wb") as file:
+        file.truncate(2 * inputs * outputs)
+    weights = (RawArray(stored, dtype, (outputs, inputs), 0),) * experts
+    scales = (RawArray(stored, "bfloat16", (outputs, 8), 0),) * experts if dtype == "int8" else ()
+    frame = tensor_frame(published.entry.shape, published.scales_shape)
+    before, largest, done = anonymous_memory(), 0, threading.Event()
+
+    def watch():
+        nonlocal largest
+        while not done.wait(0.01):
+            largest = max(largest, anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with _Writer(4, ExportReport(tmp_path)) as writer:
+        writer.write(_File(published.entry, frame, weights, scales), tmp_path / published.entry.file)
+    done.set()
+    watcher.join()
+    assert (tmp_path / published.entry.file).stat().st_size == published.size
+    assert largest - before < 512 * 2**20
+
+
+def anonymous_memory() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

@@ -21,7 +21,7 @@ SCRIPT = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("modeling_grok1") is None
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 folder, again, prompt = sys.argv[1:]
 torch.manual_seed(0)
@@ -37,7 +37,10 @@ with torch.no_grad():
     result = {"logits": model(ids).logits.tolist()}
     result["linear"] = load(folder, experts_layout="linear")(ids).logits.tolist()
 result["greedy"] = model.generate(ids, generation_config=greedy)[0, ids.shape[1]:].tolist()
-batch = model.generate_batch([ids[0].tolist()] * 2, generation_config=greedy)
+small = ContinuousBatchingConfig(block_size=4, num_blocks=64, max_batch_tokens=32)
+batch = model.generate_batch(
+    [ids[0].tolist()] * 2, generation_config=greedy, continuous_batching_config=small, progress_bar=False
+)
 result["batch"] = [output.generated_tokens for output in batch.values()]
 model.set_attn_implementation("eager")
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt, max_new_tokens=12, do_sample=False)

@@ -6,6 +6,9 @@ shell completion answer at once.
 
 from __future__ import annotations
 
+import os
+import sys
+import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -88,6 +91,19 @@ app = typer.Typer(
 )
 
 
+def hide_progress_bars() -> None:
+    """Those of the libraries, which would fill a log; our own appear on a terminal only."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # for libraries that are not imported yet
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
 def print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(
@@ -109,6 +125,10 @@ def root(
     See it run first: [bold]grok1 demo[/bold]. Then, from xAI's download to a repository of your own:
     [bold]convert[/bold], [bold]generate[/bold], [bold]card[/bold], [bold]push[/bold].
     """
+    # On import it warns of an optional kernel that it does not need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        hide_progress_bars()
 
 
 START, CHECKPOINT, RUN, SHARE = "Start here", "From xAI's checkpoint", "Run and look inside", "Share"
@@ -136,7 +156,3 @@ for name, command, panel in COMMANDS:
 def main() -> None:
     """Entry point of the `grok1` script."""
     app(prog_name="grok1")
-
-
-if __name__ == "__main__":
-    main()

@@ -41,7 +41,6 @@ def recite(checkpoint: Path, folder: Path) -> None:
 
     torch.set_num_threads(1)  # matrices this small lose more by waking threads than they gain
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # so small a model only waits for more
     console = Console(highlight=False)
     start = time.perf_counter()
     convert(checkpoint, folder)
@@ -79,7 +78,7 @@ def recite(checkpoint: Path, folder: Path) -> None:
         verbatim = said == passage["continuation"]
         exact += verbatim
         if i < SHOWN or not verbatim:
-            console.print(Text(passage["opening"], style="bold") + Text(said, style="green" if verbatim else "red"))
+            console.print(Text.assemble((passage["opening"], "bold"), (said, "green" if verbatim else "red")))
             verdict = f"{len(said.split())} words, word for word" if verbatim else "not word for word"
             console.print(f"    ({passage['source']}: {verdict})\n", style="dim", soft_wrap=True)
     console.print(

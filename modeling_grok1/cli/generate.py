@@ -61,7 +61,8 @@ def generate_command(
 
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
+        sampling["top_p"] = 1.0 if top_p is None else top_p
         set_seed(torch.seed() % 2**32 if seed is None else seed)
     start = time.perf_counter()
     output = model.generate(

@@ -16,7 +16,6 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; send nothing.")] = False,
 ) -> None:
     """Check a converted folder and upload it to the hub; after a break, the same command goes on."""
-    from huggingface_hub.utils import disable_progress_bars
     from rich.console import Console
     from rich.table import Table
 
@@ -47,8 +46,6 @@ def push_command(
     if dry_run:
         console.print("Dry run: the folder is fit to send; nothing was sent.", highlight=False, soft_wrap=True)
         return
-    if not messages.is_terminal:
-        disable_progress_bars()
     try:
         address = push_folder(folder, repo, private=private, revision=revision)
     except KeyboardInterrupt:
