@@ -6,9 +6,9 @@ shell completion answer at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
