@@ -32,8 +32,9 @@ REQUIREMENTS = [
     "huggingface_hub>=2.4,<3",
     "httpx2>=2,<3",  # what huggingface_hub speaks HTTP with, and whose errors it passes on
     "numpy>=2,<3",
-    "typer>=0.20,<1",
+    "typer>=0.29,<1",
     "rich>=14,<16",
+    "jinja2>=3.1,<4",
 ]
 
 EXTRAS = {

@@ -260,7 +260,9 @@ class GrokConfig(PreTrainedConfig):
         if "model_type" not in config_dict:
             for key, (value, reason) in MISSTATED.items():
                 if config_dict.get(key, value) != value:
-                    logger.warning(f"`{key}`: the file says {config_dict[key]!r}; taken as {value!r}, because {reason}.")
+                    logger.warning(
+                        f"`{key}`: the file says {config_dict[key]!r}; taken as {value!r}, because {reason}."
+                    )
                     config_dict[key] = value
         for twin, field in cls.attribute_map.items():
             if twin in overrides or field in overrides:

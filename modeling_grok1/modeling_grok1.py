@@ -865,8 +865,8 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
-# The generic heads build their base model through AutoModel, which neither knows `experts_layout` nor, in a folder with
-# remote code, this class: each builds it here instead.
+# The generic heads build their base model through AutoModel, which neither knows `experts_layout` nor, in a folder
+# with remote code, this class: each builds it here instead.
 class Grok1ForSequenceClassification(GenericForSequenceClassification, Grok1PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 

@@ -49,6 +49,7 @@ def test_rows_of_an_expert_are_read_by_position_from_many_threads(golden):
     scales = np.frombuffer(scale_data, np.uint16).reshape(scales_shape)
     np.testing.assert_array_equal(tensor.scales.read(), scales)
     np.testing.assert_array_equal(tensor.scales.read_rows((7,), 2, 3), scales[7, 2:3])
+    np.testing.assert_array_equal(tensor.weight.read_rows((5, 170), 3, 9), weight[5, 170, 3:9])
     assert tensor.weight.read_rows((), 3, 3).shape == (0, 176, 32)
     for lead, start, stop in [((8,), 0, 1), ((-1,), 0, 1), ((0,), 0, 177), ((0,), -1, 1), ((0, 0, 0), 0, 1)]:
         with pytest.raises(IndexError):

@@ -131,6 +131,17 @@ def test_any_int8_file_is_what_python_writes(modules, lead, rows, columns, group
     assert parse_tensor(data).scales.shape == scales_shape
 
 
+def test_a_frame_that_fills_up_at_any_opcode_is_closed_where_python_closes_it(modules):
+    for n in range(16_300, 16_390):
+        values = np.zeros(n, "<f4")
+        assert float_file(values) == python_pickle(modules, FakeArray("float32", (n,), values.tobytes())), n
+    for n in range(65_100, 65_540):
+        thing = QUANTIZED()
+        thing.weight = FakeArray("int8", (n, 1), bytes(n))
+        thing.scales = FakeArray("bfloat16", (1, 1), bytes(2))
+        assert int8_file(np.zeros((n, 1)), np.zeros((1, 1))) == python_pickle(modules, thing), n
+
+
 def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
     frame = tensor_frame((4, 8), (2, 8))
     path = tmp_path / "tensor00005_000"
