@@ -35,7 +35,7 @@ from modeling_grok1.conversion.errors import ConversionError
 from modeling_grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
 from modeling_grok1.conversion.names import HEAD_NAME, hub_tensors
 from modeling_grok1.conversion.shards import Shard, parse_size, plan_shards
-from modeling_grok1.modeling_grok1 import ALIASES
+from modeling_grok1.loading_grok1 import ALIASES
 
 
 BLOCK_BYTES = 64 * 2**20

@@ -9,9 +9,6 @@ import pytest
 from conftest import ROOT
 
 
-HUB_FILES = {"configuration_grok1.py", "modeling_grok1.py"}
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel as pip builds it, from a copy of what git would ship (the build writes into its source folder)."""

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.modeling_grok1 import quantized_experts_layout
+from modeling_grok1.loading_grok1 import quantized_experts_layout
 
 
 REACHES = {

@@ -168,7 +168,7 @@ def activation_bytes(request: Request, parallel: str) -> int:
 
 def check_parallel(request: Request, parallel: str) -> None:
     """Raise ValueError where the model cannot be cut so."""
-    from modeling_grok1.modeling_grok1 import check_parallelism
+    from modeling_grok1.loading_grok1 import check_parallelism
 
     count = request.gpus.count
     if parallel in ("tp", "ep"):
