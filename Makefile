@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test check test-slow conformance clean
+.PHONY: help demo test check test-slow bench-convert conformance clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -25,6 +25,9 @@ test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small fi
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
+
+bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
+	$(BIN)/python benchmarks/bench_convert.py
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized

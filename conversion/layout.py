@@ -48,30 +48,6 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return product.mul_(scales.to(torch.float32).unsqueeze(-2)).reshape(weight.shape)
 
 
-def quantise(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lossy inverse of `dequantise`: symmetric, one scale max|w|/127 for each column of each block of rows.
-
-    The scale is rounded up to bfloat16, so that no value is clipped and the error is at most half a step; a block of
-    zeros has scale 0.
-
-    Args:
-        weight: float32 (..., K, N), finite.
-        groups: G, divides K.
-
-    Returns:
-        int8 (..., K, N) and bfloat16 (..., G, N).
-    """
-    *lead, rows, columns = weight.shape
-    blocks = weight.reshape(*lead, groups, rows // groups, columns)
-    exact = blocks.abs().amax(dim=-2) / 127
-    scales = exact.to(torch.bfloat16)
-    too_small = scales.to(torch.float32) < exact
-    scales = torch.where(too_small, (scales.view(torch.int16) + 1).view(torch.bfloat16), scales)
-    steps = scales.to(torch.float32).unsqueeze(-2)
-    values = torch.where(steps > 0, blocks / steps, 0.0).round_()
-    return values.to(torch.int8).reshape(weight.shape), scales
-
-
 def transpose(matrix: torch.Tensor) -> torch.Tensor:
     """A contiguous copy of the transpose of a matrix: (in, out) to (out, in) and back."""
     # torch transposes a contiguous matrix of two-byte elements in cache tiles, and one of single bytes one by one,
