@@ -1,4 +1,4 @@
-"""The operations between xAI's arrays and the hub's tensors, and their inverses.
+"""The operations between xAI's arrays and the hub's tensors.
 
 xAI stores a matrix (K, N) = (in, out), int8 with bfloat16 scales (G, N): scale row g covers the contiguous input rows
 [g * K/G, (g+1) * K/G). The hub's tensors are (out, in). Everything here is exact or rounds once: the product of an
