@@ -90,7 +90,7 @@ class Sampler(threading.Thread):
 
 
 def measure(source: Path, out: Path, copy: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Converts, copies, removes both: seconds of the clock and of the processors, rates in bytes of output a second."""
+    """Converts, copies, removes both: seconds of clock and processors, rates in bytes of output a second."""
     os.sync()
     command = [sys.executable, "-c", CONVERT, source, out, arguments.dtype, arguments.layout, arguments.jobs]
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
