@@ -509,6 +509,7 @@ class _Writer:
         self.plan, self.source, self.sink = plan, source, sink
         self.blocks = BlockStream(jobs)
         self.finisher = ThreadPoolExecutor(1, "grok1-finish")
+        self.write_lock = threading.Lock()
         self.progress, self.progress_lock = progress, threading.Lock()
         self.done, self.total = plan.finished_bytes, plan.nbytes
 
@@ -545,7 +546,9 @@ class _Writer:
             finishing.result()
 
     def write_block(self, descriptor: int, _: HubTensor, position: int, data: memoryview) -> None:
-        write_at(descriptor, data, position)
+        # The system writes to a file one call at a time; a thread that waits here for its turn burns no processor.
+        with self.write_lock:
+            write_at(descriptor, data, position)
         self.advance(len(data))
 
     def finish(self, descriptor: int, shard: Shard, files: dict[int, TensorFile], unneeded: set[int]) -> None:

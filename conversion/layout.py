@@ -8,6 +8,7 @@ nearest even.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": tor
 # One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
 SLAB_BYTES = 200 * 2**20
 BAND_READ_BYTES = 16 * 2**20
-# Elements that are worked on at once: the temporaries of a block stay in the caches and below malloc's mmap threshold.
+# Elements that are worked on at once: the temporaries of a block stay in the caches.
 BLOCK_ELEMENTS = 2**21
 
 
@@ -40,24 +41,58 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+class Scratch:
+    """Memory for temporaries that is used again: fresh pages for each block would take as long as all the arithmetic.
+
+    What comes out of a scratch is valid until it is used for the next block. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[str, torch.Tensor] = {}
+
+    def empty(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of any content, in the memory that this purpose had before if it is large enough."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if purpose not in self.memory or self.memory[purpose].numel() < nbytes:
+            self.memory[purpose] = torch.empty(nbytes, dtype=torch.uint8)
+        return self.memory[purpose][:nbytes].view(dtype).view(shape)
+
+    def cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in another dtype, contiguous; itself if it is so already."""
+        if tensor.dtype == dtype and tensor.is_contiguous():
+            return tensor
+        return self.empty(f"cast to {dtype}", tuple(tensor.shape), dtype).copy_(tensor)
+
+
 def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32(weight) * float32(scale): int8 (..., K, N) and bfloat16 (..., G, N) to float32 (..., K, N), exact."""
+    """float32(weight) * float32(scale), exact.
+
+    Args:
+        weight: (..., K, N), int8, or those values in float32: then the product replaces them.
+        scales: (..., G, N), bfloat16.
+
+    Returns:
+        float32 (..., K, N).
+    """
     *lead, rows, columns = weight.shape
     groups = scales.shape[-2]
     product = weight.to(torch.float32).reshape(*lead, groups, rows // groups, columns)
     return product.mul_(scales.to(torch.float32).unsqueeze(-2)).reshape(weight.shape)
 
 
-def transpose(matrix: torch.Tensor) -> torch.Tensor:
+def transpose(matrix: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
     """A contiguous copy of the transpose of a matrix: (in, out) to (out, in) and back."""
+    scratch = scratch or Scratch()
     # torch transposes a contiguous matrix of two-byte elements in cache tiles, and one of single bytes one by one,
     # eight times slower.
-    if matrix.dtype == torch.int8:
-        return matrix.to(torch.int16).T.contiguous().to(torch.int8)
-    return matrix.contiguous().T.contiguous()
+    wide = scratch.cast(matrix, torch.int16 if matrix.dtype == torch.int8 else matrix.dtype)
+    turned = scratch.empty("transpose", tuple(matrix.T.shape), wide.dtype).copy_(wide.T)
+    return scratch.cast(turned, matrix.dtype)
 
 
-def hub_rows(weight: torch.Tensor, scales: torch.Tensor | None, dtype: str, transposed: bool) -> torch.Tensor:
+def hub_rows(
+    weight: torch.Tensor, scales: torch.Tensor | None, dtype: str, transposed: bool, scratch: Scratch | None = None
+) -> torch.Tensor:
     """A piece of an array as the hub holds it.
 
     Args:
@@ -65,11 +100,13 @@ def hub_rows(weight: torch.Tensor, scales: torch.Tensor | None, dtype: str, tran
         scales: (G, n) bfloat16 if the weight is to be dequantised.
         dtype: "float32", "bfloat16" or "int8" of the result.
         transposed: whether the result is (n, K).
+        scratch: where the result and the temporaries may lie.
     """
+    scratch = scratch or Scratch()
     if scales is not None:
-        weight = dequantise(weight, scales)
-    weight = weight.to(TORCH_DTYPE[dtype])
-    return transpose(weight) if transposed else weight
+        weight = dequantise(scratch.cast(weight, torch.float32), scales)
+    weight = scratch.cast(weight, TORCH_DTYPE[dtype])
+    return transpose(weight, scratch) if transposed else weight
 
 
 def part_array(file: TensorFile, part: Part) -> RawArray:
@@ -114,14 +151,14 @@ class Slab:
         for first in range(self.start, self.stop, step):
             yield first, min(first + step, self.stop)
 
-    def rows(self, first: int, last: int, dtype: str) -> torch.Tensor:
-        """Output rows [first, last) in `dtype`, a fresh contiguous tensor or a view of this slab."""
+    def rows(self, first: int, last: int, dtype: str, scratch: Scratch | None = None) -> torch.Tensor:
+        """Output rows [first, last) in `dtype`, contiguous: in the scratch or in this slab."""
         piece = slice(first - self.start, last - self.start)
         transposed = self.part.entry.kind.transposed
         if not transposed:
-            return hub_rows(self.weight[piece], None, dtype, False)
+            return hub_rows(self.weight[piece], None, dtype, False, scratch)
         scales = self.scales[:, piece] if self.scales is not None and dtype != "int8" else None
-        return hub_rows(self.weight[:, piece], scales, dtype, True)
+        return hub_rows(self.weight[:, piece], scales, dtype, True, scratch)
 
 
 def slab_ranges(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:

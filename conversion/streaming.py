@@ -7,6 +7,7 @@ blocks, the verification compares them.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from modeling_grok1.conversion.layout import BLOCK_ELEMENTS, SLAB_BYTES, Slab, as_bytes, read_slab, slab_ranges
+from modeling_grok1.conversion.layout import (
+    BLOCK_ELEMENTS,
+    SLAB_BYTES,
+    Scratch,
+    Slab,
+    as_bytes,
+    read_slab,
+    slab_ranges,
+)
 from modeling_grok1.conversion.names import ITEMSIZE, HubTensor
 from modeling_grok1.conversion.shards import Shard
 from modeling_grok1.conversion.xai_checkpoint import TensorFile
@@ -22,12 +31,13 @@ from modeling_grok1.conversion.xai_checkpoint import TensorFile
 
 # Slabs in memory at once: one is worked on while the next one is read.
 LIVE_SLABS = 2
-# Temporaries of all workers together. An element of a block needs up to 12 bytes: its float32 product, the rounded
-# product and the turned copy.
-WORK_BYTES = 192 * 2**20
-BYTES_PER_ELEMENT = 12
+# Temporaries of all workers together. An element of a block needs 8 bytes: in float32 its product and the turned copy, in
+# bfloat16 its product, that rounded, and the turned copy.
+WORK_BYTES = 128 * 2**20
+BYTES_PER_ELEMENT = 8
 
-# Called from any worker with a tensor of the shard, a position in the file, and the bytes that belong there.
+# Called from any worker with a tensor of the shard, a position in the file, and the bytes that belong there. They are
+# valid until it returns.
 Consumer = Callable[[HubTensor, int, memoryview], None]
 
 
@@ -46,7 +56,7 @@ class BlockStream:
         torch.set_num_threads(1)
         self.workers = ThreadPoolExecutor(jobs, "grok1-blocks")
         self.live: deque[list[Future[None]]] = deque()
-        _keep_freed_memory()
+        self.of_thread = threading.local()
         # Pages of them that are never touched take no memory.
         self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
@@ -77,7 +87,7 @@ class BlockStream:
                     slab = read_slab(file, part, start, stop, self._next_buffer())
                     self.live.append(
                         [
-                            self.workers.submit(_derive, consume, tensor, slab, first, last, base)
+                            self.workers.submit(self._derive, consume, tensor, slab, first, last, base)
                             for first, last in slab.blocks(self.block_elements)
                         ]
                     )
@@ -91,26 +101,18 @@ class BlockStream:
         self.buffers.rotate()
         return self.buffers[0]
 
+    def _derive(self, consume: Consumer, tensor: HubTensor, slab: Slab, first: int, last: int, base: int) -> None:
+        if not hasattr(self.of_thread, "scratch"):
+            self.of_thread.scratch = Scratch()
+        rows = as_bytes(slab.rows(first, last, tensor.dtype, self.of_thread.scratch))
+        consume(tensor, base + first * (len(rows) // (last - first)), rows)
+
 
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _derive(consume: Consumer, tensor: HubTensor, slab: Slab, first: int, last: int, base: int) -> None:
-    rows = as_bytes(slab.rows(first, last, tensor.dtype))
-    consume(tensor, base + first * (len(rows) // (last - first)), rows)
-
-
 def _wait_for(futures: list[Future[None]]) -> None:
     for future in futures:
         future.result()
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc reuse the temporaries of the blocks; other allocators are not affected.
-
-    It would give them back to the system, and every block would pay for fresh pages (half of all time). Its thresholds
-    follow the largest chunk that was freed, up to 32 MiB.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
