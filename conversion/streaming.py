@@ -31,8 +31,8 @@ from modeling_grok1.conversion.xai_checkpoint import TensorFile
 
 # Slabs in memory at once: one is worked on while the next one is read.
 LIVE_SLABS = 2
-# Temporaries of all workers together. An element of a block needs 8 bytes: in float32 its product and the turned copy, in
-# bfloat16 its product, that rounded, and the turned copy.
+# Temporaries of all workers together. An element of a block needs 8 bytes: in float32 its product and the turned copy,
+# in bfloat16 its product, that rounded, and the turned copy.
 WORK_BYTES = 128 * 2**20
 BYTES_PER_ELEMENT = 8
 
