@@ -77,6 +77,38 @@ ALIASES = [
 ]
 
 
+class StackExperts(MergeModulelist):
+    """Stacks the matrices of all experts; gate and up as the two halves of one tensor, which then is their
+    concatenation without being copied again."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
+        lists = [input_dict.get(pattern) for pattern in source_patterns]
+        if len(lists) != 2 or not all(isinstance(matrices, list) and matrices for matrices in lists):
+            return super().convert(input_dict, source_patterns, target_patterns)  # type: ignore[call-arg]
+        (gate, up), E = (matrices[0] for matrices in lists), len(lists[0])  # noqa: N806
+        whole = gate.new_empty(E, len(gate) + len(up), *gate.shape[1:])
+        halves = whole.split([len(gate), len(up)], dim=1)
+        for pattern, half in zip(source_patterns, halves, strict=True):
+            for place, matrix in zip(half, input_dict.pop(pattern), strict=True):
+                place.copy_(matrix)
+        return dict(zip(source_patterns, halves, strict=True))
+
+
+class JoinHalves(Concatenate):
+    """A concatenation, which costs nothing after `StackExperts`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
+        parts = [input_dict.get(pattern) for pattern in source_patterns]
+        whole = getattr(parts[0], "_base", None)
+        if whole is not None and whole.ndim == parts[0].ndim:
+            halves = whole.split(whole.shape[self.dim] // 2, dim=self.dim)
+            if len(halves) == len(parts) and all(map(torch.Tensor.is_set_to, parts, halves)):
+                return {self.get_target_pattern(target_patterns): whole}
+        return super().convert(input_dict, source_patterns, target_patterns)  # type: ignore[call-arg]
+
+
 def register_weight_names() -> None:
     """Tell Transformers how checkpoints are read, for both expert layouts. Idempotent."""
     aliases: list[WeightConverter | WeightRenaming] = [LoadOnlyRenaming(*pair) for pair in ALIASES]
@@ -84,7 +116,7 @@ def register_weight_names() -> None:
         WeightConverter(
             source_patterns=[".experts.*.w1.weight", ".experts.*.w3.weight"],
             target_patterns=".experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            operations=[StackExperts(dim=0), JoinHalves(dim=1)],
         ),
         WeightConverter(
             source_patterns=".experts.*.w2.weight",

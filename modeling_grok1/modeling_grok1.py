@@ -27,6 +27,7 @@ from .loading_grok1 import (  # isort: skip
     check_quantized_experts,
     quantized_experts_layout,
 )
+from .decoding_grok1 import reduced_matmul  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
 
 import copy
@@ -45,6 +46,7 @@ from transformers.core_model_loading import (
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -248,7 +250,26 @@ class Grok1TopKRouter(nn.Module):
         return logits, gates.to(x.dtype), experts
 
 
-@use_experts_implementation
+def grouped_experts_forward(
+    self: "Grok1Experts", x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    """`experts_implementation="grouped_mm"`, the default: Transformers' own, where it has the dtype and is fast."""
+    if x.dtype == torch.float64:
+        return self.plain_forward(x, experts, gates)
+    decoding = x.shape[0] == 1 and not torch.is_grad_enabled()
+    if decoding and x.device.type == "cpu" and torch.compiler.is_compiling():
+        chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
+        y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
+        y = reduced_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D
+        return gates @ y
+    return grouped_mm_experts_forward(self, x, experts, gates)
+
+
+ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
+ALL_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_experts_forward
+
+
+@use_experts_implementation(experts_interface=ALL_EXPERTS_FUNCTIONS)
 class Grok1Experts(nn.Module):
     """All experts of a layer in two parameters; `experts_implementation` replaces the plain loop below."""
 
@@ -263,17 +284,23 @@ class Grok1Experts(nn.Module):
         )
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def plain_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """sum over the chosen e of gates[e] * down_e(gelu(gate_e(x)) * up_e(x)); x: N D, experts and gates: N k."""
         output = torch.zeros_like(x)
         for e in experts.unique().tolist():
             if e == self.num_experts:  # expert parallelism marks the experts of other ranks so
                 continue
             token, slot = torch.where(experts == e)
-            gate, up = F.linear(x[token], self.gate_up_proj[e]).chunk(2, dim=-1)
-            y = F.linear(self.act_fn(gate) * up, self.down_proj[e])
+            y = self._apply_gate(F.linear(x[token], self.gate_up_proj[e]))
+            y = F.linear(y, self.down_proj[e])
             output.index_add_(0, token, (y * gates[token, slot, None]).to(output.dtype))
         return output
+
+    forward = plain_forward
 
 
 class Grok1Expert(nn.Module):
@@ -499,6 +526,8 @@ class Grok1PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            return  # int8 weights come from a checkpoint only
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, Grok1Experts):

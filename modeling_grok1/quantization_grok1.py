@@ -25,6 +25,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .decoding_grok1 import reduced_matmul
+
 
 QUANT_METHOD = "grok1_int8"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -93,22 +95,6 @@ def packed_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) ->
     blocks = torch.diag_embed(blocks.transpose(1, 2)).permute(0, 3, 2, 1).reshape(S * G, -1)
     sums = torch.ops.aten._weight_int8pack_mm(blocks, weight, scale.new_ones(weight.shape[0]))
     return (sums.view(S, G, -1).float() * scale.T.float()).sum(dim=1).to(x.dtype)
-
-
-def reduced_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """
-    A product for each row with the matrix of its expert, as one multiply-and-reduce: only torch.compile makes it fast,
-    and then it reads the int8 where they lie, at the speed of the memory.
-
-    x: S K; weight: E N K, int8; scale: E N G; experts: S -> S N in the dtype of x, float32 inside.
-    """
-    K, G = weight.shape[-1], scale.shape[-1]  # noqa: N806
-    # Inductor sums up to 1024 numbers in vector registers; for more it takes a slow compensated sum.
-    pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= 1024)
-    # as_strided makes Inductor store x once instead of computing it again for each of the N outputs.
-    x32 = x.float().contiguous().as_strided(x.shape, (K, 1)).unflatten(-1, (pieces, -1)).unsqueeze(1)
-    sums = (weight[experts].unflatten(-1, (pieces, -1)).float() * x32).sum(dim=-1)
-    return (sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].float()).sum(dim=-1).to(x.dtype)
 
 
 @functools.cache
@@ -198,17 +184,27 @@ def int8_parameters(*shape: int, blocks: int) -> tuple[nn.Parameter, nn.Paramete
     return weight, scale
 
 
-class Int8Linear(nn.Module):
-    """x @ dequantised.T; weight: out in, int8, frozen; weight_scale: out G, bfloat16."""
+class Int8Linear(nn.Linear):
+    """x @ dequantised.T; weight: out in, int8, frozen; weight_scale: out G, bfloat16. PEFT adapts every nn.Linear."""
 
     # Tensor parallelism hands over plain local tensors.
     _hf_quantized_needs_local_tp = True
 
     def __init__(self, in_features: int, out_features: int, blocks: int = 1):
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.weight, self.weight_scale = int8_parameters(out_features, in_features, blocks=blocks)
+        self.register_parameter("bias", None)
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802
+        """The name by which PEFT knows a module whose floats `dequantize()` gives: DoRA takes their norms."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """out in, float32, exact."""
+        return dequantise(self.weight, self.weight_scale, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # S K
@@ -216,7 +212,7 @@ class Int8Linear(nn.Module):
             y = FrozenMatmul.apply(rows, self.weight, self.weight_scale)
         elif torch.compiler.is_compiling() and x.device.type == "cpu" and rows.shape[0] == 1:
             only = torch.zeros(1, dtype=torch.long)
-            y = reduced_matmul(rows, self.weight[None], self.weight_scale[None], only)
+            y = reduced_matmul(rows, self.weight[None], only, self.weight_scale[None])
         elif torch.compiler.is_compiling():
             offsets = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = torch.ops.grok1.int8_grouped_matmul(rows, self.weight[None], self.weight_scale[None], offsets)
@@ -247,6 +243,14 @@ class Int8Experts(nn.Module):
         self.gate_up_proj, self.gate_up_proj_scale = int8_parameters(num_experts, 2 * hidden_dim, dim, blocks=1)
         self.down_proj, self.down_proj_scale = int8_parameters(num_experts, dim, hidden_dim, blocks=blocks)
 
+    @property
+    def is_transposed(self) -> bool:
+        """What PEFT asks of experts before it wraps one of their parameters, and adds floats to it."""
+        raise ValueError(
+            "`target_parameters` cannot adapt fused int8 experts: load the model with `experts_layout='linear'` and "
+            "name the matrices of the experts, `target_modules=['w1', 'w2', 'w3']`."
+        )
+
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """sum over the chosen e of gates[e] * down_e(gelu(gate_e(x)) * up_e(x)); x: N D, experts and gates: N k.
 
@@ -257,8 +261,8 @@ class Int8Experts(nn.Module):
         N, k = experts.shape  # noqa: N806
         if torch.compiler.is_compiling() and x.device.type == "cpu" and N == 1:
             chosen = experts[0].clamp(max=self.num_experts - 1)  # k
-            y = reduced_matmul(x.expand(k, -1), self.gate_up_proj, self.gate_up_proj_scale, chosen)  # k 2F
-            y = reduced_matmul(gated(y), self.down_proj, self.down_proj_scale, chosen)  # k D
+            y = reduced_matmul(x.expand(k, -1), self.gate_up_proj, chosen, self.gate_up_proj_scale)  # k 2F
+            y = reduced_matmul(gated(y), self.down_proj, chosen, self.down_proj_scale)  # k D
             return gates @ y
 
         chosen, order = experts.flatten().sort(stable=True)  # S = N*k
