@@ -1,5 +1,5 @@
-"""LoRA on fused experts, linear experts and attention, and QLoRA: training lowers the loss, and saving, loading by
-either way and merging give the logits from before."""
+"""LoRA on fused experts, linear experts and attention, and over 4 and 8 bit: training lowers the loss, and saving,
+loading by either way and merging give the logits from before."""
 
 import warnings
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_grok1 import Grok1ForCausalLM, GrokConfig
+from modeling_grok1 import Grok1ForCausalLM, Grok1Int8Config, GrokConfig
 
 
 peft = pytest.importorskip("peft")
@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft")
 TOKENS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 INT8 = BitsAndBytesConfig(load_in_8bit=True)
+NATIVE = {"quantization_config": Grok1Int8Config(), "experts_layout": "linear"}
 FUSED = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 EVERYTHING = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]}
@@ -28,6 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "attention": ({}, ATTENTION, 2 * 4 * (2 * 192 + 2 * 128)),
     "nf4": ({"quantization_config": NF4}, EVERYTHING, 2 * 4 * (2 * 192 + 2 * 128 + 4 * 3 * 192)),
     "int8": ({"quantization_config": INT8}, EVERYTHING, 2 * 4 * (2 * 192 + 2 * 128 + 4 * 3 * 192)),
+    "native-int8": (NATIVE, EVERYTHING, 2 * 4 * (2 * 192 + 2 * 128 + 4 * 3 * 192)),
 }
 PLAIN = ["fused-experts", "linear-experts", "attention"]
 
