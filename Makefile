@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test check test-slow bench-convert conformance clean
+.PHONY: help demo test check test-slow bench bench-convert conformance interop clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -29,9 +29,17 @@ test-slow: $(VENV)/.installed  ## the minutes-long tests
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
 
+bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
+	$(BIN)/python tests/interop/environment.py
+	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
 	GROK1_CONFORMANCE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=-q -W ignore -rs tests/conformance
+
+interop: $(VENV)/.installed  ## llama.cpp on the demo's folder (builds llama-cpp-python once, some minutes)
+	$(BIN)/python tests/interop/environment.py
+	GROK1_INTEROP=1 OMP_NUM_THREADS=1 .cache/interop/venv/bin/python -m pytest -o addopts=-q -W ignore -rs tests/interop
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

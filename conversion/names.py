@@ -198,9 +198,10 @@ def hub_tensors(
 ) -> dict[str, HubTensor]:
     """Every tensor of a converted folder by its name, in the order in which the shards hold them.
 
-    The order is the embedding, the layers 0, 1, 2, ... (names sorted inside a layer), the head, the final norm. The
-    final norm comes last because llama.cpp's converter merges the experts of a layer only when a later tensor that is
-    not an expert arrives, and drops them in silence otherwise.
+    The order is the embedding, the head, the layers 0, 1, 2, ... (names sorted inside a layer), the final norm. It is
+    one that llama.cpp's converter can read however it is cut into shards: it merges the experts of a layer when the
+    next tensor that is not an expert arrives, drops them in silence where none comes, and stops where that tensor is
+    not a layer's. The header of a shard is sorted, so a head behind the layers would come before their last experts.
 
     Norms and routers are float32 in every precision. `int8` keeps the stored values, adds `X.weight_scale` (out, G) in
     bfloat16 to each quantised weight (scale[o, g] covers the input columns [g * K/G, (g+1) * K/G)), keeps the
@@ -221,11 +222,12 @@ def hub_tensors(
 
     embedding, norm = entries[: len(TOP_KINDS)]
     tensors = _named(embedding, layout, dtype, blocks)
-    head = [HubTensor(HEAD_NAME, t.shape, t.dtype, t.parts) for t in tensors] if dtype != "int8" else []
+    if dtype != "int8":
+        tensors += [HubTensor(HEAD_NAME, t.shape, t.dtype, t.parts) for t in tensors]
     for block in layers.values():
         named = [tensor for entry in block for tensor in _named(entry, layout, dtype, blocks)]
         tensors += sorted(_joined(named), key=lambda tensor: tensor.name)
-    tensors += head + _named(norm, layout, dtype, blocks)
+    tensors += _named(norm, layout, dtype, blocks)
     return {tensor.name: tensor for tensor in tensors}
 
 

@@ -23,8 +23,8 @@ from modeling_grok1 import GrokConfig  # noqa: E402
 if str(ROOT) not in modeling_grok1.__path__:
     modeling_grok1.__path__.append(str(ROOT))
 
-# Transformers' own tests are collected only when `make conformance` asks for them.
-collect_ignore = [] if os.environ.get("GROK1_CONFORMANCE") else ["conformance"]
+# Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them.
+collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")]
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
