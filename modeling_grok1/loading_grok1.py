@@ -4,7 +4,20 @@ How checkpoints become parameters: the names that are read, the layouts of the e
 because it would load something wrong, or leave the experts in full precision.
 """
 
-from .configuration_grok1 import GrokConfig  # isort: skip  (first: it checks the version of transformers)
+from importlib.metadata import version
+
+
+TESTED_TRANSFORMERS = "5.23"
+
+# Not in configuration_grok1.py: engines with a Grok-1 of their own read the configuration with other versions.
+if ".".join(version("transformers").split(".")[:2]) != TESTED_TRANSFORMERS:
+    raise ImportError(
+        f"Grok-1's code rests on the loading internals of transformers {TESTED_TRANSFORMERS} and found "
+        f'transformers {version("transformers")}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, or take '
+        "a release of modeling-grok1 that names your version."
+    )
+
+from .configuration_grok1 import GrokConfig  # isort: skip
 from .quantization_grok1 import QUANT_METHOD  # isort: skip  (registers xAI's int8 with Transformers)
 
 import torch

@@ -17,8 +17,7 @@ Letters:
     V  vocabulary
 """
 
-from .configuration_grok1 import GrokConfig  # isort: skip  (first: it checks the version of transformers)
-from .loading_grok1 import (  # isort: skip
+from .loading_grok1 import (  # isort: skip  (first: it checks the version of transformers)
     FUSED,
     LINEAR,
     LINEAR_MODEL_TYPE,
@@ -27,6 +26,7 @@ from .loading_grok1 import (  # isort: skip
     check_quantized_experts,
     quantized_experts_layout,
 )
+from .configuration_grok1 import GrokConfig  # isort: skip
 from .decoding_grok1 import reduced_matmul  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
 
@@ -440,6 +440,11 @@ class Grok1PreTrainedModel(PreTrainedModel):
         expert_cache: int | str | None = None,
     ):
         config.validate()
+        if config._attn_implementation == "vllm":
+            raise ValueError(
+                "vLLM's Transformers backend computes SiLU in every expert, where Grok-1 has GELU: use vLLM 0.24.0, "
+                "the last one with a Grok-1 of its own."
+            )
         if experts_layout not in (None, FUSED, LINEAR):
             raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
         cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
