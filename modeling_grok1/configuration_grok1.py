@@ -3,7 +3,6 @@
 
 import math
 from functools import wraps
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -15,20 +14,13 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TESTED_TRANSFORMERS = "5.23"
-
-if ".".join(version("transformers").split(".")[:2]) != TESTED_TRANSFORMERS:
-    raise ImportError(
-        f"Grok-1's code rests on the loading internals of transformers {TESTED_TRANSFORMERS} and found "
-        f'transformers {version("transformers")}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, or take '
-        "a release of modeling-grok1 that names your version."
-    )
-
 # Where the classes lie in a folder on the hub, for `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_grok1.GrokConfig",
     "AutoModel": "modeling_grok1.Grok1Model",
     "AutoModelForCausalLM": "modeling_grok1.Grok1ForCausalLM",
+    # Decisions are scored by any causal model's logits; `transformers serve` loads remote code under this name only.
+    "AutoModelForDecision": "modeling_grok1.Grok1ForCausalLM",
 }
 
 # Values that other ports offer and xAI's code does not have: field -> the only value that is implemented, and why.

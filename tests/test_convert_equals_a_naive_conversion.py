@@ -100,7 +100,7 @@ def test_the_config_says_what_was_written(golden, tmp_path, dtype):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == ("float32" if dtype == "float32" else "bfloat16")
     assert config["architectures"] == ["Grok1ForCausalLM"]
-    assert list(config["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(config["auto_map"])
     assert config["num_experts"] == config["num_local_experts"] == 8
     assert ("quantization_config" in config) == (dtype == "int8")
     if dtype == "int8":
