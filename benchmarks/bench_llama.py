@@ -1,0 +1,70 @@
+"""llama.cpp, timed from another process: `bench_speed.py` starts this in the environment of `make interop`.
+
+Reads lines `decode PROMPT STEPS` and `prefill TOKENS` from stdin and answers each with seconds: of one step (the
+median) and of one prompt.
+"""
+
+import ctypes
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import llama_cpp
+
+
+def silent(level, text, data):
+    """The log of the runtime would be mixed with the answers."""
+
+
+class Session:
+    def __init__(self, path: Path, threads: int, context: int):
+        self.log = llama_cpp.llama_log_callback(silent)
+        llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_default_params()
+        model.use_mmap = False
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = context
+        options.n_threads = options.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+
+    def feed(self, tokens: list[int], position: int) -> float:
+        """Seconds for these tokens, logits of the last one."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i == len(tokens) - 1
+        begin = time.perf_counter()
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_synchronize(self.context)
+        seconds = time.perf_counter() - begin
+        llama_cpp.llama_batch_free(batch)
+        assert status == 0
+        return seconds
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def decode(self, prompt: int, steps: int) -> float:
+        self.clear()
+        self.feed(list(range(5, 5 + prompt)), 0)
+        return statistics.median(self.feed([5 + 37 * i % 8000], prompt + i) for i in range(steps))
+
+    def prefill(self, tokens: int) -> float:
+        self.clear()
+        return self.feed([5 + 31 * i % 8000 for i in range(tokens)], 0)
+
+
+def main() -> None:
+    session = Session(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    for line in sys.stdin:
+        name, *numbers = line.split()
+        print(getattr(session, name)(*map(int, numbers)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

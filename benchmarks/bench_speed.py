@@ -1,0 +1,514 @@
+"""Decode, prefill, loading and import, against the limit of the machine and against others: `make bench`.
+
+    python benchmarks/bench_speed.py [--rounds N] [--threads N] [--llama PYTHON CONVERTER] [--out FILE]
+
+A Grok-1 of about 1.1 billion parameters with random weights, on the CPU. Its rivals have the same sizes: Mixtral as
+Transformers has it (each experts implementation, plain and compiled), llama.cpp on the same weights, and the way in
+which xAI's JAX code computes (dequantise, run all experts on every token, combine by one-hot), rewritten here. In each
+round every contestant runs once, one after the other; a ratio is taken inside a round, and its median and range over
+the rounds are printed. Run it on a machine that does nothing else: it needs 16 GB of memory and 8 GB of disk.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
+
+import modeling_grok1
+from modeling_grok1 import Grok1Int8Config, GrokConfig
+from modeling_grok1.quantization_grok1 import Int8Experts, Int8Linear, dequantise, gated
+
+
+SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 5472,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "num_experts_per_tok": 2,
+}
+PROMPT, STEPS, CONTEXT = 16, 24, 512
+PREFILL = 256
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Contestants: two functions each, seconds of one decode step and seconds of one prompt
+# --------------------------------------------------------------------------------------------------------------------
+def tokens(count: int, seed: int) -> torch.Tensor:
+    """1 count"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, SIZES["vocab_size"], (1, count), generator=generator)
+
+
+@torch.inference_mode()
+def decode(model: nn.Module, seed: int, steps: int = STEPS) -> float:
+    cache = model(tokens(PROMPT, seed), use_cache=True).past_key_values
+    seconds = []
+    for token in tokens(steps, seed + 1)[0]:
+        begin = time.perf_counter()
+        model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def decode_compiled(model: nn.Module, step: Callable, seed: int, steps: int = STEPS) -> float:
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+    model(tokens(PROMPT, seed), past_key_values=cache, use_cache=True)
+    seconds = []
+    for i, token in enumerate(tokens(steps, seed + 1)[0]):
+        position = torch.tensor([[PROMPT + i]])
+        begin = time.perf_counter()
+        step(token.view(1, 1), past_key_values=cache, use_cache=True, position_ids=position)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def prefill(model: nn.Module, seed: int) -> float:
+    prompt = tokens(PREFILL, seed)
+    begin = time.perf_counter()
+    model(prompt, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def experts_implementation(model: nn.Module, name: str):
+    before = model.config._experts_implementation
+    model.set_experts_implementation(name)
+    yield
+    model.set_experts_implementation(before)
+
+
+def as_jax(model: nn.Module):
+    """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix picks."""
+
+    def linear(self, x):
+        return nn.functional.linear(x, dequantise(self.weight, self.weight_scale, x.dtype))
+
+    def experts(self, x, chosen, gates):
+        y = torch.einsum("nd,efd->enf", x, dequantise(self.gate_up_proj, self.gate_up_proj_scale, x.dtype))
+        y = torch.einsum("enf,edf->end", gated(y), dequantise(self.down_proj, self.down_proj_scale, x.dtype))
+        one_hot = nn.functional.one_hot(chosen, self.num_experts).to(x.dtype)  # N k E
+        return torch.einsum("end,nke,nk->nd", y, one_hot, gates)
+
+    return mock.patch.multiple(Int8Linear, forward=linear), mock.patch.multiple(Int8Experts, forward=experts)
+
+
+class Llama:
+    """llama.cpp in a process of its own, idle between questions."""
+
+    def __init__(self, python: Path, gguf: Path, threads: int):
+        worker = Path(__file__).with_name("bench_llama.py")
+        command = [str(part) for part in (python, worker, gguf, threads, CONTEXT)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, question: str) -> float:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The machine, and what a token needs of it
+# --------------------------------------------------------------------------------------------------------------------
+def read_bandwidth() -> float:
+    """Bytes a second of summing 1 GiB."""
+    memory = torch.ones(2**27, dtype=torch.int64)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - begin)
+    return memory.nbytes / min(seconds)
+
+
+def matrix_rate() -> float:
+    """bfloat16 FLOP a second of the model's own largest product with 2048 rows."""
+    D, F = SIZES["hidden_size"], 2 * SIZES["intermediate_size"]  # noqa: N806
+    x, weight = torch.randn(2048, D).bfloat16(), torch.randn(F, D).bfloat16()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2048 * D * F / min(seconds)
+
+
+def active_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that one token reads. The embedding is read as the head."""
+    share = SIZES["num_experts_per_tok"] / model.config.num_experts
+    return int(sum(weight.nbytes * (share if ".experts." in name else 1) for name, weight in model.named_parameters()))
+
+
+def active_flop() -> float:
+    """Of one token's products, without attention scores and head."""
+    D, F, L = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_hidden_layers"]  # noqa: N806
+    width = SIZES["head_dim"] * (2 * SIZES["num_attention_heads"] + 2 * SIZES["num_key_value_heads"])
+    return 2 * L * (D * width + SIZES["num_experts_per_tok"] * 3 * D * F)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading and importing
+# --------------------------------------------------------------------------------------------------------------------
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+@contextmanager
+def peak_memory(result: list[int]):
+    """Adds the growth of anonymous memory at its peak, in bytes."""
+    gc.collect()
+    base, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    result.append(max(peak, anonymous_bytes()) - base)
+
+
+def read_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, copied out of the file."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
+    return tensors
+
+
+def loading(folder: Path, rounds: int) -> None:
+    """Run in a process of its own: prints the seconds of both ways and the peaks of from_pretrained, as JSON."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    read_whole(folder)
+    seconds, baseline, peaks = [], [], []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        held = read_whole(folder)
+        baseline.append(time.perf_counter() - begin)
+        del held
+        with peak_memory(peaks):
+            begin = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            seconds.append(time.perf_counter() - begin)
+        weights = sum(weight.nbytes for weight in model.parameters())
+        del model
+    print(json.dumps({"seconds": seconds, "baseline": baseline, "peaks": peaks, "weights": weights}))
+
+
+IMPORTS = """
+import importlib, sys, time
+for name in sys.argv[1].split(","):
+    try:
+        importlib.import_module(name)
+    except Exception:
+        pass
+begin = time.perf_counter()
+import modeling_grok1
+print(time.perf_counter() - begin)
+"""
+NAMES = "import sys, modeling_grok1; print(','.join(n for n in sys.modules if not n.startswith('modeling_grok1')))"
+
+
+def import_seconds(rounds: int) -> list[float]:
+    """What importing the package adds where all that it uses is imported already."""
+
+    def run(*words: str) -> str:
+        return subprocess.run([sys.executable, "-c", *words], check=True, capture_output=True, text=True).stdout
+
+    names = run(NAMES).strip()
+    return [float(run(IMPORTS, names)) for _ in range(rounds)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------------------------
+class Table:
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, ...]] = []
+
+    def add(self, what: str, ratios: list[float], target: float, at_most: bool = False) -> None:
+        middle = statistics.median(ratios)
+        met = middle <= target if at_most else middle >= target
+        bound = f"{'at most' if at_most else 'at least'} {target:g}"
+        self.rows.append(
+            (what, f"{middle:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", bound, "yes" if met else "no")
+        )
+
+    def markdown(self) -> str:
+        head = ("ratio", "median", "range", "target", "met")
+        lines = [f"| {' | '.join(row)} |" for row in (head, ("---", "--:", "--:", "--:", "---"), *self.rows)]
+        return "\n".join(lines)
+
+
+def divide(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
+    """Writes the models: hub folder, int8, fused, and two GGUF files."""
+    torch.manual_seed(0)
+    config = GrokConfig(**SIZES, num_experts=8)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    paths = {name: folder / name for name in ("bfloat16", "int8", "fused")}
+    model.save_pretrained(paths["bfloat16"])
+    paths["fused"].mkdir()
+    fused = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(fused, paths["fused"] / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(paths["fused"])
+    del model, fused
+    quantised = AutoModelForCausalLM.from_pretrained(
+        paths["bfloat16"], dtype=torch.bfloat16, quantization_config=Grok1Int8Config(scale_blocks=8)
+    )
+    quantised.save_pretrained(paths["int8"])
+    if arguments.llama:
+        python, converter = arguments.llama
+        demo = Path(modeling_grok1.__file__).parent / "demo" / "tokenizer.model"
+        (paths["bfloat16"] / "tokenizer.model").write_bytes(demo.read_bytes())
+        for kind, label in (("bf16", "llama.cpp bf16"), ("q8_0", "llama.cpp q8_0")):
+            paths[label] = folder / f"{kind}.gguf"
+            command = [python, converter, paths["bfloat16"], "--outtype", kind, "--outfile", paths[label]]
+            subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return paths
+
+
+def race(paths: dict[str, Path], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds by contestant, a number a round: "NAME decode" of one step and "NAME prefill" of one prompt."""
+    grok = AutoModelForCausalLM.from_pretrained(paths["bfloat16"], dtype=torch.bfloat16)
+    int8 = AutoModelForCausalLM.from_pretrained(paths["int8"], dtype=torch.bfloat16)
+    for weight in int8.parameters():
+        weight.data = weight.data.clone()  # out of the file
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_local_experts=8, sliding_window=None, tie_word_embeddings=True)
+    mixtral = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+    contestants: dict[str, Callable[[int], float]] = {}
+
+    def enter(name: str, model: nn.Module, context: Callable = nullcontext, steps: int = STEPS) -> None:
+        def inside(function: Callable, *extra) -> Callable[[int], float]:
+            def run(seed: int) -> float:
+                with context():
+                    return function(model, seed, *extra)
+
+            return run
+
+        contestants[f"{name} decode"] = inside(decode, steps)
+        contestants[f"{name} prefill"] = inside(prefill)
+
+    def enter_compiled(name: str, model: nn.Module, context: Callable = nullcontext) -> None:
+        step = torch.compile(model.forward, dynamic=False, fullgraph=True)
+
+        def run(seed: int) -> float:
+            with context():
+                return decode_compiled(model, step, seed)
+
+        contestants[f"{name} compiled decode"] = run
+
+    @contextmanager
+    def jax():
+        linear, experts = as_jax(int8)
+        with linear, experts:
+            yield
+
+    enter("grok bf16", grok)
+    enter_compiled("grok bf16", grok)
+    enter("grok int8", int8)
+    enter_compiled("grok int8", int8)
+    for name in EXPERTS:
+        enter(f"mixtral {name}", mixtral, lambda name=name: experts_implementation(mixtral, name))
+    del contestants["mixtral batched_mm prefill"]  # copies the experts of every token: 17 GB here
+    for name in ("grouped_mm", "batched_mm"):  # eager experts cannot be compiled whole
+        enter_compiled(f"mixtral {name}", mixtral, lambda name=name: experts_implementation(mixtral, name))
+    enter("jax way", int8, jax, steps=3)
+    runtimes = {
+        label: Llama(arguments.llama[0], path, arguments.threads)
+        for label, path in paths.items()
+        if label.startswith("llama")
+    }
+    for label, runtime in runtimes.items():
+        contestants[f"{label} decode"] = lambda seed, runtime=runtime: runtime.ask(f"decode {PROMPT} {STEPS}")
+        contestants[f"{label} prefill"] = lambda seed, runtime=runtime: runtime.ask(f"prefill {PREFILL}")
+
+    contestants["bandwidth"] = lambda seed: 1 / read_bandwidth()
+    contestants["matrix rate"] = lambda seed: 1 / matrix_rate()
+    for name, run in contestants.items():  # compiles, and touches every page
+        print(f"warm-up: {name} {run(0):.4g} s", file=sys.stderr)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for seed in range(1, arguments.rounds + 1):
+        print(f"round {seed} of {arguments.rounds}", file=sys.stderr)
+        names = list(contestants)
+        random.Random(seed).shuffle(names)
+        for name in names:
+            seconds[name].append(contestants[name](100 * seed))
+    for runtime in runtimes.values():
+        runtime.close()
+    seconds["bf16 limit"] = [active_bytes(grok) * inverse for inverse in seconds["bandwidth"]]
+    seconds["int8 limit"] = [active_bytes(int8) * inverse for inverse in seconds["bandwidth"]]
+    seconds["prefill limit"] = [PREFILL * active_flop() * inverse for inverse in seconds["matrix rate"]]
+    return seconds
+
+
+def best(seconds: dict[str, list[float]], prefix: str, kind: str) -> str:
+    names = [name for name in seconds if name.startswith(prefix) and name.endswith(kind)]
+    return min(names, key=lambda name: statistics.median(seconds[name]))
+
+
+def report(seconds: dict[str, list[float]], load: dict, fused: dict, imports: list[float]) -> str:
+    table, s = Table(), seconds
+    mixtral, mixtral_prefill = best(s, "mixtral", "decode"), best(s, "mixtral", "prefill")
+    compiled, plain = "grok bf16 compiled decode", "grok bf16 decode"
+    table.add(f"decode bf16 compiled: speed over {mixtral}", divide(s[mixtral], s[compiled]), 2.5)
+    table.add(f"decode bf16 plain: speed over {mixtral}", divide(s[mixtral], s[plain]), 1.5)
+    table.add("decode bf16 compiled: time over its read limit", divide(s[compiled], s["bf16 limit"]), 1.6, True)
+    if "llama.cpp bf16 decode" in s:
+        llama = {kind: s[f"llama.cpp {kind}"] for kind in ("bf16 decode", "q8_0 decode", "bf16 prefill")}
+        table.add("decode bf16 compiled: speed over llama.cpp bf16", divide(llama["bf16 decode"], s[compiled]), 0.9)
+        int8 = s["grok int8 compiled decode"]
+        table.add("decode int8 compiled: speed over llama.cpp q8_0", divide(llama["q8_0 decode"], int8), 1.0)
+    table.add(
+        "decode int8 compiled: time over its read limit",
+        divide(s["grok int8 compiled decode"], s["int8 limit"]),
+        1.6,
+        True,
+    )
+    ours = s["grok bf16 prefill"]
+    table.add(f"prefill {PREFILL}: speed over {mixtral_prefill}", divide(s[mixtral_prefill], ours), 1.0)
+    if "llama.cpp bf16 prefill" in s:
+        table.add(f"prefill {PREFILL}: speed over llama.cpp bf16", divide(s["llama.cpp bf16 prefill"], ours), 2.0)
+    table.add(
+        "decode int8 compiled: speed over the JAX way", divide(s["jax way decode"], s["grok int8 compiled decode"]), 10
+    )
+    table.add("decode bf16 compiled: speed over the JAX way", divide(s["jax way decode"], s[compiled]), 10)
+    table.add(f"prefill {PREFILL} bf16: speed over the JAX way", divide(s["jax way prefill"], ours), 4)
+    table.add(
+        "from_pretrained: time over reading with safetensors", divide(load["seconds"], load["baseline"]), 1.3, True
+    )
+    layer = load["weights"] / SIZES["num_hidden_layers"]
+    table.add(
+        "from_pretrained: peak memory over the weights", [p / load["weights"] for p in load["peaks"]], 1.05, True
+    )
+    table.add(
+        "fused folder: anonymous memory over the weights", [p / fused["weights"] for p in fused["peaks"]], 0.02, True
+    )
+    table.add("import modeling_grok1: seconds added", imports, 0.2, True)
+
+    rates = [("contestant", "decode, ms a token", f"prefill of {PREFILL}, tokens/s"), ("---", "--:", "--:")]
+    for label in dict.fromkeys(name.removesuffix(" decode").removesuffix(" prefill") for name in seconds):
+        cells = [label]
+        for kind, scale in (("decode", lambda t: f"{1000 * t:.1f}"), ("prefill", lambda t: f"{PREFILL / t:.0f}")):
+            values = seconds.get(f"{label} {kind}")
+            cells.append(scale(statistics.median(values)) if values else "")
+        if any(cells[1:]):
+            rates.append(tuple(cells))
+    limits = [f"{kind}: {1000 * statistics.median(s[f'{kind} limit']):.1f} ms a token" for kind in ("bf16", "int8")]
+    share = 100 * statistics.median(divide(s["prefill limit"], ours))
+    sentences = [
+        f"Reading: {1e-9 / statistics.median(s['bandwidth']):.1f} GB/s, so the limits of decoding are",
+        f"{' and '.join(limits)}. bfloat16 products: {1e-12 / statistics.median(s['matrix rate']):.2f} TFLOP/s;",
+        f"the prompt of {PREFILL} runs at {share:.0f} % of it.",
+        f"A layer is {layer / 1e6:.0f} MB of {load['weights'] / 1e9:.2f} GB.",
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rates]
+    return "\n\n".join([table.markdown(), "\n".join(lines), " ".join(sentences)])
+
+
+def machine(threads: int) -> str:
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    features = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in Path("/proc/cpuinfo").read_text()]
+    versions = {"torch": torch, "transformers": transformers, "modeling_grok1": modeling_grok1}
+    numbers = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+    return (
+        f"{model}, {threads} threads, {' '.join(features) or platform.machine()}; "
+        f"Python {platform.python_version()}, {numbers}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 5 for a table to be kept")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    interop = Path(__file__).resolve().parents[1] / ".cache" / "interop"
+    found = [*interop.glob("venv/bin/python"), *interop.glob("llama.cpp-*/convert_hf_to_gguf.py")]
+    parser.add_argument(
+        "--llama",
+        nargs=2,
+        type=Path,
+        metavar=("PYTHON", "CONVERTER"),
+        default=found if len(found) == 2 else None,
+        help="an environment with llama-cpp-python, and llama.cpp's converter; by default those of `make interop`",
+    )
+    parser.add_argument("--out", type=Path, help="where to keep the tables")
+    parser.add_argument("--loading", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if arguments.loading:
+        loading(arguments.loading, arguments.rounds)
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-speed-") as name:
+        paths = build(Path(name), arguments)
+        gc.collect()
+        load, fused = (
+            json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "--loading", str(paths[kind]), "--rounds", str(arguments.rounds)],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                ).stdout.splitlines()[-1]
+            )
+            for kind in ("bfloat16", "fused")
+        )
+        imports = import_seconds(arguments.rounds)
+        seconds = race(paths, arguments)
+    text = f"{machine(arguments.threads)}; {arguments.rounds} rounds.\n\n{report(seconds, load, fused, imports)}\n"
+    print(text)
+    if arguments.out:
+        before, _, _ = arguments.out.read_text().partition("<!-- measured -->")
+        arguments.out.write_text(f"{before}<!-- measured -->\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
