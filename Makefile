@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LATEST = .cache/latest
 
-.PHONY: help demo test check test-slow bench bench-convert conformance interop clean
+.PHONY: help demo test check test-slow test-latest bench bench-convert conformance interop clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -25,6 +26,17 @@ test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small fi
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
+
+test-latest:     ## the tests with the newest Transformers that the package index serves (TESTS=... for some of them)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(LATEST)/bin/python -m pip install --quiet --upgrade transformers
+	@found=$$($(LATEST)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
+	pinned=$$(sed -n 's/^transformers==//p' constraints.txt); \
+	echo "newest transformers: $$found, pinned: $$pinned"; \
+	GROK1_UNTESTED_TRANSFORMERS=$$found OMP_NUM_THREADS=1 \
+		$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS); \
+	result=$$?; echo "transformers $$found: pytest exit status $$result"; exit $$result
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py

@@ -27,8 +27,8 @@ from .loading_grok1 import (  # isort: skip  (first: it checks the version of tr
     quantized_experts_layout,
 )
 from .configuration_grok1 import GrokConfig  # isort: skip
-from .decoding_grok1 import reduced_matmul  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
+from .decoding_grok1 import reduced_matmul  # isort: skip
 
 import copy
 from collections.abc import Callable
@@ -143,6 +143,10 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 # --------------------------------------------------------------------------------------------------------------------
 # Attention
 # --------------------------------------------------------------------------------------------------------------------
+# Bytes of scores at a time where a prompt is computed in pieces: what the caches of a CPU hold, a little of a GPU.
+SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,  # B H T d
@@ -153,29 +157,56 @@ def eager_attention_forward(
     softcap: float,
     dropout: float = 0.0,
     **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(softcap * tanh(q.k * scaling / softcap) + mask) @ v -> (B T H d, weights B H T S).
 
     The scores are a product in the compute dtype; scaling, cap, mask and softmax are float32. The G query heads of a
     group are rows of one product with their key head, so the cache is never repeated.
+
+    The scores of a whole prompt would take 36 GiB for 8,192 tokens of the release. So a long one is computed some
+    queries at a time, and the weights are None, unless they or gradients are asked for.
     """
+    (B, H, T, _), S = query.shape, key.shape[2]  # noqa: N806
+    dropout = dropout if module.training else 0.0
+    wanted = kwargs.get("output_attentions", module.config.output_attentions)
+    rows = max(16, SCORE_BYTES.get(query.device.type, 2**28) // (4 * B * H * S))
+    if rows >= T or wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        output, weights = attend(query, key, value, attention_mask, scaling, softcap, dropout)
+        return output.transpose(1, 2), weights
+    outputs = []
+    for start in range(0, T, rows):
+        piece = slice(start, start + rows)
+        mask = attention_mask if attention_mask is None else attention_mask.expand(-1, -1, T, -1)[:, :, piece]
+        outputs.append(attend(query[:, :, piece], key, value, mask, scaling, softcap, dropout)[0])
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula of `eager_attention_forward`, all at once -> B H T d, weights B H T S."""
     (B, H, T, d), (K, S) = query.shape, key.shape[1:3]  # noqa: N806
     scores = query.reshape(B, K, H // K * T, d) @ key.transpose(2, 3)  # B K G*T S
-    scores = scores.float() * scaling
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = softcap * torch.tanh(scores.float() * (scaling / softcap))
     scores = scores.view(B, H, T, S)
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    if mask is not None:
+        scores = scores + mask
     weights = scores.softmax(dim=-1).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
+    weights = F.dropout(weights, p=dropout, training=dropout > 0)
     output = weights.view(B, K, H // K * T, S) @ value  # B K G*T d
-    return output.view(B, H, T, d).transpose(1, 2), weights
+    return output.view(B, H, T, d), weights
 
 
 @torch.compiler.disable  # the paged cache is written in place, which functionalisation would copy whole
 def paged_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Continuous batching. Transformers' own `paged|eager` drops `softcap` without a word."""
     cache = kwargs.pop("cache", None)
     if cache is None:
@@ -253,16 +284,17 @@ class Grok1TopKRouter(nn.Module):
 def grouped_experts_forward(
     self: "Grok1Experts", x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
-    """`experts_implementation="grouped_mm"`, the default: Transformers' own, where it has the dtype and is fast."""
-    if x.dtype == torch.float64:
+    """`experts_implementation="grouped_mm"`, the default: Transformers' own on a GPU; a CPU has faster ways."""
+    if x.device.type != "cpu":
+        return grouped_mm_experts_forward(self, x, experts, gates)
+    if not torch.compiler.is_compiling():
         return self.plain_forward(x, experts, gates)
-    decoding = x.shape[0] == 1 and not torch.is_grad_enabled()
-    if decoding and x.device.type == "cpu" and torch.compiler.is_compiling():
-        chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
-        y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
-        y = reduced_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D
-        return gates @ y
-    return grouped_mm_experts_forward(self, x, experts, gates)
+    if x.shape[0] > 1 or torch.is_grad_enabled():
+        return grouped_mm_experts_forward(self, x, experts, gates)
+    chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
+    y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
+    y = reduced_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D
+    return gates @ y
 
 
 ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
@@ -301,6 +333,24 @@ class Grok1Experts(nn.Module):
         return output
 
     forward = plain_forward
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args):
+        # transformers.Trainer resumes by `load_state_dict` from what `save_pretrained` wrote, one matrix an expert,
+        # and would go on with the experts as they were (https://github.com/huggingface/transformers/issues/48805).
+        for name, parts in {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.items():
+            weight = getattr(self, name)
+            matrices = {
+                f"{prefix}{e}.{part}.weight": matrix
+                for e in range(self.num_experts)
+                for part, matrix in zip(parts, weight[e].chunk(len(parts)), strict=True)
+            }
+            found = [] if weight.is_meta else [key for key in matrices if key in state_dict]
+            for key in found:  # those of one file, which may end within a layer
+                matrices[key].copy_(state_dict.pop(key))
+            if len(found) == len(matrices):
+                state_dict[f"{prefix}{name}"] = weight
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Grok1Expert(nn.Module):
@@ -489,6 +539,13 @@ class Grok1PreTrainedModel(PreTrainedModel):
                     f"{load_config.pretrained_model_name_or_path!r} holds fused experts (`{fused[0]}`): load it with "
                     "`experts_layout='fused'` and save it, which writes a matrix an expert."
                 )
+        scales = sorted(key for key in loading_info.unexpected_keys if key.endswith("_scale"))
+        if expected_keys is None and scales and load_config.hf_quantizer is None:
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path!r} holds int8 weights with scales (`{scales[0]}`), and "
+                "no quantization_config was used to read them: leave `quantization_config=None` out, or restore the "
+                "one in config.json."
+            )
         quantization = getattr(load_config.hf_quantizer, "quantization_config", None)
         if expected_keys is None and quantization is not None and not getattr(quantization, "dequantize", False):
             check_quantized_experts(model, str(getattr(quantization.quant_method, "value", quantization.quant_method)))

@@ -1,4 +1,4 @@
-"""Slabs and temporaries are used again and again, by several threads: never while a block of them is still unwritten."""
+"""Slabs and temporaries are used again, by several threads, and never while a block of them is still unwritten."""
 
 import random
 import threading

@@ -39,6 +39,27 @@ def test_assisted_decoding_is_greedy(converted, model, expected, generate, assis
     assert generate(model, assistant_model=assistant)[0].tolist() == expected.greedy.tolist()
 
 
+def test_drafts_of_the_models_own_first_layer_are_greedy(model, expected, generate):
+    calls = []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert generate(model, assistant_early_exit=1)[0].tolist() == expected.greedy.tolist()
+    hook.remove()
+    assert len(calls) > 20  # it drafted
+    assert model.config.num_hidden_layers == 3
+
+
+def test_drafts_are_sampled_too(converted, model, expected, generate):
+    assistant = AutoModelForCausalLM.from_pretrained(converted("tiny-1", "float32"), dtype=torch.float32)
+    sampled = generate(model, assistant_model=assistant, do_sample=True, top_k=1)
+    assert sampled[0].tolist() == expected.greedy.tolist()
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_drafts_cannot_be_taken_back_from_a_static_cache_and_are_refused(model, generate, options):
+    with pytest.raises(ValueError, match="assisted generate is not supported with Static cache"):
+        generate(model, cache_implementation="static", **options)
+
+
 @torch.no_grad()
 def test_beam_search_finds_a_sequence_at_least_as_likely(model, expected, generate):
     def log_likelihood(continuation):

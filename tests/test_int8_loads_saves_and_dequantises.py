@@ -242,3 +242,11 @@ def test_the_modules_are_int8(converted):
     assert isinstance(layer.self_attn.o_proj, Int8Linear)
     assert isinstance(model.lm_head, torch.nn.Linear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reading_the_numbers_without_their_scales_is_refused(converted, layout):
+    with pytest.raises(ValueError, match=r"holds int8 weights with scales .* leave `quantization_config=None` out"):
+        AutoModelForCausalLM.from_pretrained(
+            converted("tiny-8", "int8"), quantization_config=None, experts_layout=layout
+        )

@@ -71,7 +71,7 @@ def test_the_peak_of_known_operations() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_on_meta_are_those_on_the_cpu(dtype: str) -> None:
+def test_activations_on_meta_are_those_on_the_cpu(dtype: str, as_on_a_gpu: None) -> None:
     config = GrokConfig(**{**CONFIG, "num_hidden_layers": 1})
     told = model_memory(config, dtype, prompt=64)
     model = Grok1ForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()

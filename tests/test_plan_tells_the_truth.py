@@ -60,7 +60,7 @@ def weight_bytes(model) -> int:
 
 @pytest.mark.parametrize("precision", LOADING)
 @torch.no_grad()
-def test_weights_cache_and_activations_are_those_of_a_loaded_model(folder, precision):
+def test_weights_cache_and_activations_are_those_of_a_loaded_model(folder, precision, as_on_a_gpu):
     config, context, batch, chunk = GrokConfig(**LARGER), 384, 3, 128
     share = make_plan(
         Request(config, Gpus(1, 1, 80 * GB), precision, context=context, batch=batch, chunk=chunk)
@@ -141,7 +141,10 @@ def test_every_suggestion_fits(released):
     request = Request(released, Gpus.parse("2x24GB"), "bfloat16", batch=2)
     assert not make_plan(request).fits
     offered = suggestions(request)
-    assert [(plan.parallel, plan.precision) for _, plan in offered] == [("offload", "int8")]
+    assert [(plan.parallel, plan.precision) for _, plan in offered] == [
+        ("offload", "bfloat16"),
+        ("offload", "int8"),
+    ]
     assert all(plan.fits for _, plan in offered)
     for _, plan in suggestions(Request(released, Gpus.parse("4x80GB"), "bfloat16")):
         assert plan.fits

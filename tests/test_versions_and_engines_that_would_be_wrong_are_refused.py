@@ -29,10 +29,22 @@ def run(name):
 @pytest.mark.parametrize("found", ["5.22.1", "5.24.0", "6.0.0.dev0", "4.57.0"])
 def test_another_transformers_is_refused_before_anything_else_runs(monkeypatch, found):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    monkeypatch.delenv("GROK1_UNTESTED_TRANSFORMERS", raising=False)
     with pytest.raises(ImportError) as refusal:
         run("loading_grok1")
     assert f"transformers {found}" in str(refusal.value)
     assert 'pip install "transformers==5.23.*"' in str(refusal.value)
+
+
+def test_the_refusal_is_lifted_for_the_one_version_that_the_environment_names(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.24.1")
+    monkeypatch.setenv("GROK1_UNTESTED_TRANSFORMERS", "5.24.0")
+    with pytest.raises(ImportError, match=r"GROK1_UNTESTED_TRANSFORMERS=5\.24\.1"):
+        run("loading_grok1")
+    monkeypatch.setenv("GROK1_UNTESTED_TRANSFORMERS", "5.24.1")
+    # Alone, the file goes no further than the files beside it.
+    with pytest.raises(ModuleNotFoundError, match=r"elsewhere"):
+        run("loading_grok1")
 
 
 def test_the_configuration_alone_runs_with_the_versions_that_engines_bring(monkeypatch):

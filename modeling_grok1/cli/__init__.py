@@ -30,6 +30,7 @@ from modeling_grok1.cli.inspect import inspect_command
 from modeling_grok1.cli.plan import plan_command
 from modeling_grok1.cli.push import push_command
 from modeling_grok1.cli.routing import routing_command
+from modeling_grok1.cli.serve import serve_command
 from modeling_grok1.cli.tokenizer import tokenizer_command
 from modeling_grok1.cli.verify import verify_command
 
@@ -144,6 +145,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("export-xai", export_xai_command, CHECKPOINT),
     ("plan", plan_command, RUN),
     ("generate", generate_command, RUN),
+    ("serve", serve_command, RUN),
     ("eval", eval_command, RUN),
     ("routing", routing_command, RUN),
     ("card", card_command, SHARE),

@@ -1,0 +1,96 @@
+"""Eager attention computes a long prompt some queries at a time: the same output, and bounded memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_grok1 import Grok1ForCausalLM
+from modeling_grok1 import modeling_grok1 as model_file
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def model(small_config):
+    torch.manual_seed(0)
+    small_config.max_position_embeddings = 1024
+    model = Grok1ForCausalLM(small_config).double().eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def mask_of(B, T, kind):  # noqa: N803
+    mask = torch.ones(B, T, dtype=torch.long)
+    if kind == "left":
+        mask[0, :37] = 0
+    elif kind == "right":
+        mask[0, -41:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("rows", [16, 50, 99])
+@torch.no_grad()
+def test_pieces_give_the_logits_of_the_whole(model, monkeypatch, rows, padding):
+    B, T = 2, 100  # noqa: N806
+    ids = torch.randint(3, 96, (B, T), generator=torch.Generator().manual_seed(0))
+    mask = mask_of(B, T, padding)
+    expected = model(ids, attention_mask=mask).logits
+    calls = []
+    attend = model_file.attend
+    monkeypatch.setattr(model_file, "attend", lambda q, *rest: calls.append(q.shape[2]) or attend(q, *rest))
+    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 4 * B * model.config.num_attention_heads * T * rows)
+    actual = model(ids, attention_mask=mask).logits
+    assert set(calls) == {rows, T % rows or rows}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_prompt_after_a_cache_is_computed_in_pieces_too(model, monkeypatch):
+    ids = torch.randint(3, 96, (1, 120), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits[:, 40:]
+    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)  # 16 rows
+    cache = model(ids[:, :40], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-12)
+
+
+def test_weights_and_gradients_are_whole(model, monkeypatch):
+    ids = torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+        assert [tuple(weights.shape) for weights in attentions] == [(1, 4, 64, 64)] * len(attentions)
+        model.config.output_attentions = True
+        again = model(ids).attentions
+        model.config.output_attentions = False
+    assert all(torch.equal(one, other) for one, other in zip(attentions, again, strict=True))
+    gradients = []
+    for nbytes in (1, 2**30):
+        monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", nbytes)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+@torch.no_grad()
+def test_no_tensor_grows_with_the_square_of_the_prompt(model):
+    T = 1000  # noqa: N806
+    with LargestTensor() as largest:
+        model.model(torch.randint(3, 96, (1, T)), use_cache=False)
+    H = model.config.num_attention_heads  # noqa: N806
+    pieces = model_file.SCORE_BYTES["cpu"] // 4
+    assert largest.numel <= max(pieces, T * T)  # of the scores, or the mask
+    assert 3 * pieces < H * T * T  # what all scores would be
