@@ -37,10 +37,12 @@ REQUIREMENTS = [
     "jinja2>=3.1,<4",
 ]
 
+SERVE = ["transformers[serving]>=5.23,<5.24", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "openai>=3.52,<4"]
+
 EXTRAS = {
     "peft": ["peft>=0.21,<0.22"],
     "plot": ["matplotlib>=3.10,<4"],
-    "serve": ["transformers[serving]>=5.23,<5.24"],
+    "serve": SERVE,
     "test": [
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
@@ -48,6 +50,7 @@ EXTRAS = {
         "peft>=0.21,<0.22",
         "matplotlib>=3.10,<4",
         "triton>=3.7,<4; platform_system == 'Linux'",
+        *SERVE,
     ],
     "check": ["ruff==0.17.5", "mypy==2.4.1"],
 }

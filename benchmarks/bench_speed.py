@@ -110,8 +110,9 @@ def as_jax(model: nn.Module):
         return nn.functional.linear(x, dequantise(self.weight, self.weight_scale, x.dtype))
 
     def experts(self, x, chosen, gates):
-        y = torch.einsum("nd,efd->enf", x, dequantise(self.gate_up_proj, self.gate_up_proj_scale, x.dtype))
-        y = torch.einsum("enf,edf->end", gated(y), dequantise(self.down_proj, self.down_proj_scale, x.dtype))
+        gate_up = dequantise(self.gate_up_proj, self.gate_up_proj_scale, x.dtype)
+        down = dequantise(self.down_proj, self.down_proj_scale, x.dtype)
+        y = gated(x @ gate_up.transpose(1, 2)) @ down.transpose(1, 2)  # E N D
         one_hot = nn.functional.one_hot(chosen, self.num_experts).to(x.dtype)  # N k E
         return torch.einsum("end,nke,nk->nd", y, one_hot, gates)
 

@@ -103,3 +103,11 @@ def test_tokenizer_writes_three_files(tmp_path):
     output = grok1("tokenizer", DEMO / "tokenizer.model", tmp_path / "other", "--vocab-size", 1000, code=2)
     assert "expected at most the model's vocabulary of 1000, found 1024" in output
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow  # compiles for a minute
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_generate_compiled_recites(tmp_path, dtype):
+    convert(DEMO, tmp_path / "folder", dtype=dtype)
+    words = ["generate", tmp_path / "folder", OPENING, "--max-new-tokens", 24]
+    assert grok1(*words, "--compile") == grok1(*words)

@@ -19,13 +19,16 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (as stored).")] = "auto",
     device_map: Annotated[str, typer.Option(help="Where the layers go: auto, cpu, cuda, ...")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the step of a token: minutes to begin with, then the fastest.")
+    ] = False,
 ) -> None:
     """Continue a text, streaming to standard output. Greedy unless a temperature is given."""
     import sys
 
     import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, set_seed
 
     from modeling_grok1.conversion.errors import ConversionError
     from modeling_grok1.text_streaming import LineTextStreamer
@@ -64,12 +67,17 @@ def generate_command(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
         sampling["top_p"] = 1.0 if top_p is None else top_p
         set_seed(torch.seed() % 2**32 if seed is None else seed)
+    speed: dict[str, Any] = {}
+    if compiled:
+        speed = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
+        speed["compile_config"]._compile_all_devices = True  # a CPU too
     start = time.perf_counter()
     output = model.generate(
         **inputs.to(model.device),
         max_new_tokens=max_new_tokens,
         streamer=LineTextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
+        **speed,
     )
     seconds = time.perf_counter() - start
     messages = Console(stderr=True)
