@@ -1,18 +1,39 @@
 # Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
 """
-The matrix product of decoding: one row for each matrix, so that it costs what reading the matrix costs.
+The products of decoding, of one row each, cost what reading their matrix costs. torch's own read it at half the speed
+of a CPU's memory; written as a multiply-and-reduce, torch.compile makes them read at full speed.
 """
 
 import torch
+from torch import nn
+
+
+def decoding(x: torch.Tensor) -> bool:
+    """Whether this is a compiled step of one token (x: ... D) on a CPU, without gradients."""
+    one = x.device.type == "cpu" and x.numel() == x.shape[-1]
+    return one and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def projected(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`linear(x)`; in a compiled step a multiply-and-reduce, unless an adapter, a quantiser or a hook is in place."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    if hooked or type(linear).forward is not nn.Linear.forward or linear.bias is not None or not decoding(x):
+        return linear(x)
+    only = torch.zeros(1, dtype=torch.long)
+    return reduced_matmul(x.reshape(1, -1), linear.weight[None], only).view(*x.shape[:-1], -1)
+
+
+def reduced_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x @ y as a multiply-and-reduce, for few rows of x: ... M K by ... K N -> ... M N, summed in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(dtype).unsqueeze(-1) * y.to(dtype).unsqueeze(-3)).sum(dim=-2).to(x.dtype)
 
 
 def reduced_matmul(
     x: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Each row times the transpose of the matrix of its expert, as one multiply-and-reduce. Only torch.compile makes it
-    fast: then it reads the weights where they lie, at the speed of the memory, where torch's own products of one row
-    reach half of it.
+    Each row times the transpose of the matrix of its expert, as one multiply-and-reduce of the weights where they lie.
 
     Args:
         x: S K.

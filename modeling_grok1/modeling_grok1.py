@@ -28,7 +28,7 @@ from .loading_grok1 import (  # isort: skip  (first: it checks the version of tr
 )
 from .configuration_grok1 import GrokConfig  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
-from .decoding_grok1 import reduced_matmul  # isort: skip
+from .decoding_grok1 import decoding, projected, reduced_matmul, reduced_product  # isort: skip
 
 import copy
 from collections.abc import Callable
@@ -144,7 +144,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 # Attention
 # --------------------------------------------------------------------------------------------------------------------
 # Bytes of scores at a time where a prompt is computed in pieces: what the caches of a CPU hold, a little of a GPU.
-SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+SCORE_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 
 def eager_attention_forward(
@@ -192,14 +192,15 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula of `eager_attention_forward`, all at once -> B H T d, weights B H T S."""
     (B, H, T, d), (K, S) = query.shape, key.shape[1:3]  # noqa: N806
-    scores = query.reshape(B, K, H // K * T, d) @ key.transpose(2, 3)  # B K G*T S
+    matmul = reduced_product if decoding(query.reshape(B * T, -1)) else torch.matmul
+    scores = matmul(query.reshape(B, K, H // K * T, d), key.transpose(2, 3))  # B K G*T S
     scores = softcap * torch.tanh(scores.float() * (scaling / softcap))
     scores = scores.view(B, H, T, S)
     if mask is not None:
         scores = scores + mask
     weights = scores.softmax(dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
-    output = weights.view(B, K, H // K * T, S) @ value  # B K G*T d
+    output = matmul(weights.view(B, K, H // K * T, S), value)  # B K G*T d
     return output.view(B, H, T, d), weights
 
 
@@ -245,9 +246,9 @@ class Grok1Attention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T = hidden_states.shape[:2]  # noqa: N806
-        query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H T d
-        key = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B K T d
-        value = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B K T d
+        query = projected(self.q_proj, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H T d
+        key = projected(self.k_proj, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B K T d
+        value = projected(self.v_proj, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # B K T d
         query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
 
         if past_key_values is not None:
@@ -259,7 +260,7 @@ class Grok1Attention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, softcap=self.softcap, dropout=0.0, **kwargs
         )
-        return self.o_proj(output.reshape(B, T, -1)), weights
+        return projected(self.o_proj, output.reshape(B, T, -1)), weights
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -285,11 +286,9 @@ def grouped_experts_forward(
     self: "Grok1Experts", x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
     """`experts_implementation="grouped_mm"`, the default: Transformers' own on a GPU; a CPU has faster ways."""
-    if x.device.type != "cpu":
-        return grouped_mm_experts_forward(self, x, experts, gates)
-    if not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return self.plain_forward(x, experts, gates)
-    if x.shape[0] > 1 or torch.is_grad_enabled():
+    if not decoding(x):
         return grouped_mm_experts_forward(self, x, experts, gates)
     chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
     y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
@@ -718,7 +717,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        logits = projected(self.lm_head, hidden_states)
         logits = logits * self.output_multiplier[logits.dtype]
 
         loss = None

@@ -25,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .decoding_grok1 import reduced_matmul
+from .decoding_grok1 import decoding, reduced_matmul
 
 
 QUANT_METHOD = "grok1_int8"
@@ -210,7 +210,7 @@ class Int8Linear(nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # S K
         if torch.is_grad_enabled() and x.requires_grad:
             y = FrozenMatmul.apply(rows, self.weight, self.weight_scale)
-        elif torch.compiler.is_compiling() and x.device.type == "cpu" and rows.shape[0] == 1:
+        elif decoding(rows):
             only = torch.zeros(1, dtype=torch.long)
             y = reduced_matmul(rows, self.weight[None], only, self.weight_scale[None])
         elif torch.compiler.is_compiling():
@@ -259,7 +259,7 @@ class Int8Experts(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return self.trainable_forward(x, experts, gates)
         N, k = experts.shape  # noqa: N806
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and N == 1:
+        if decoding(x):
             chosen = experts[0].clamp(max=self.num_experts - 1)  # k
             y = reduced_matmul(x.expand(k, -1), self.gate_up_proj, chosen, self.gate_up_proj_scale)  # k 2F
             y = reduced_matmul(gated(y), self.down_proj, chosen, self.down_proj_scale)  # k D

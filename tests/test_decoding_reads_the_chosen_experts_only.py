@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_grok1 import modeling_grok1 as model_file
-from modeling_grok1.decoding_grok1 import reduced_matmul
+from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_product
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
@@ -71,3 +71,49 @@ def test_float64_is_computed_although_the_grouped_product_lacks_it(experts):
     x = torch.randn(5, experts.gate_up_proj.shape[-1], dtype=torch.float64)
     chosen, gates = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [0, 3]]), torch.rand(5, 2, dtype=torch.float64)
     assert torch.equal(experts(x, chosen, gates), experts.plain_forward(x, chosen, gates))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products_of_attention_are_those_of_matmul(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 4, 16, generator=generator).to(dtype)
+    key = torch.randn(2, 3, 21, 16, generator=generator).to(dtype)
+    for x, y in ((query, key.transpose(2, 3)), (query @ key.transpose(2, 3), key)):
+        actual, expected = reduced_product(x, y), x.double() @ y.double()
+        bound = torch.finfo(dtype).eps * x.shape[-1] * (x.double().abs() @ y.double().abs())  # of any order of the sum
+        assert actual.dtype == dtype
+        assert ((actual - expected).abs() <= bound).all()
+
+
+def products(module, x):
+    """The result of a compiled `projected`, and whether it called the product of torch."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    result = torch.compile(lambda x: projected(module, x), backend=backend)(x)
+    return result, any(node.target is torch.nn.functional.linear for graph in graphs for node in graph.graph.nodes)
+
+
+@torch.no_grad()
+def test_only_a_plain_projection_of_one_token_is_reduced():
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(32, 48, bias=False)
+    row, rows = torch.randn(1, 1, 32), torch.randn(1, 2, 32)
+    result, called = products(plain, row)
+    torch.testing.assert_close(result, plain(row))
+    assert not called
+    assert products(plain, rows)[1]
+    with torch.enable_grad():
+        assert products(plain, row)[1]
+    hooked = copy.deepcopy(plain)
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(products(hooked, row)[0], 2 * plain(row))
+    replaced = copy.deepcopy(plain)
+    replaced.forward = lambda x: plain(x) + 1  # as Accelerate does
+    torch.testing.assert_close(products(replaced, row)[0], plain(row) + 1)
+    biased = torch.nn.Linear(32, 48)
+    torch.testing.assert_close(products(biased, row)[0], biased(row))
