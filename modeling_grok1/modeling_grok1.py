@@ -46,7 +46,7 @@ from transformers.core_model_loading import (
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -285,11 +285,11 @@ class Grok1TopKRouter(nn.Module):
 def grouped_experts_forward(
     self: "Grok1Experts", x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
-    """`experts_implementation="grouped_mm"`, the default: Transformers' own on a GPU; a CPU has faster ways."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    """`experts_implementation="grouped_mm"`, the default: Transformers' own, where it has the dtype and is fast."""
+    if x.dtype == torch.float64:
         return self.plain_forward(x, experts, gates)
     if not decoding(x):
-        return grouped_mm_experts_forward(self, x, experts, gates)
+        return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
     chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
     y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
     y = reduced_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D

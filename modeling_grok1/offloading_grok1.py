@@ -86,6 +86,9 @@ def read_tensor(stored: StoredTensor, buffer: torch.Tensor | None = None) -> tor
         with open(stored.file, "rb", buffering=0) as stream:
             if os.fstat(stream.fileno()).st_mtime_ns != stored.changed_ns:
                 raise OSError("the file was replaced since the model was loaded")
+            if hasattr(os, "posix_fadvise"):
+                # Otherwise the system reads on behind the tensor, into experts that nobody chose.
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             stream.seek(stored.start)
             done = 0
             while done < stored.nbytes:

@@ -158,10 +158,7 @@ def aliased(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes as a GPU does, and the meta device: grouped experts, and scores in pieces of a GPU's size."""
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
+    """The CPU computes the scores of a prompt in pieces of a GPU's size, as the meta device does."""
     from modeling_grok1 import modeling_grok1 as model_file
 
-    monkeypatch.setitem(model_file.ALL_EXPERTS_FUNCTIONS, "grouped_mm", grouped_mm_experts_forward)
     monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", model_file.SCORE_BYTES["cuda"])

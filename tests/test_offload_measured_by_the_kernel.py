@@ -64,7 +64,6 @@ def test_one_token_reads_a_quarter_of_what_whole_layers_take(folder, tmp_path):
     everything = bytes_for_one_token(whole_layers, tmp_path)
 
     print(f"one token: {few / 1e6:.1f} MB routed, {everything / 1e6:.1f} MB whole layers")
-    # A quarter, and what the kernel itself reads ahead of each of the twelve matrices.
-    assert few >= 2 * 2 * EXPERT_BYTES
+    # A quarter: nothing is read ahead. Pages at the edges lie in memory or are read for two.
+    assert few == pytest.approx(2 * 2 * EXPERT_BYTES, rel=0.01)
     assert everything >= 0.9 * 2 * 8 * EXPERT_BYTES
-    assert few < everything / 3
