@@ -118,16 +118,17 @@ def test_too_little_disk_is_told_not_refused_in_a_dry_run(grok1, tmp_path, monke
 
 
 def test_ctrl_c_leaves_what_can_be_continued_and_says_so(golden, tmp_path):
-    # Slow writes stand for large tensors.
+    # Slow writes stand for large tensors; from the 60th on they leave a busy machine time to send the signal.
     script = """
 import os, sys, time
 import conftest
 from modeling_grok1.cli import main
 from modeling_grok1.conversion import convert
-real = os.pwrite
+real, written = os.pwrite, []
 def pwrite(*arguments):
     os.write(1, b"writing\\n")
-    time.sleep(0.02)
+    written.append(1)
+    time.sleep(0.02 if len(written) < 60 else 1)
     return real(*arguments)
 os.pwrite = pwrite
 main()
