@@ -1,32 +1,88 @@
 # Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
 """
-The products of decoding, of one row each, cost what reading their matrix costs. torch's own read it at half the speed
-of a CPU's memory; written as a multiply-and-reduce, torch.compile makes them read at full speed.
+The products of decoding on a CPU, of one row each, cost what reading their matrix costs. torch.compile reads it at the
+memory's rate where they are written as a multiply-and-reduce. Without it torch hands those of bfloat16 to oneDNN,
+which reads at half to two thirds of the rate of torch's own kernel.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
+def one_row(x: torch.Tensor) -> bool:
+    """Whether this is a step of one token (x: ... D) on a CPU, without gradients."""
+    return x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+
+
 def decoding(x: torch.Tensor) -> bool:
-    """Whether this is a compiled step of one token (x: ... D) on a CPU, without gradients."""
-    one = x.device.type == "cpu" and x.numel() == x.shape[-1]
-    return one and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    """Whether this is a compiled step of one token."""
+    return one_row(x) and torch.compiler.is_compiling()
 
 
 def projected(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)`; in a compiled step a multiply-and-reduce, unless an adapter, a quantiser or a hook is in place."""
+    """`linear(x)`, fast in a step of one token, unless an adapter, a quantiser or a hook is in place."""
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    if hooked or type(linear).forward is not nn.Linear.forward or linear.bias is not None or not decoding(x):
+    if hooked or type(linear).forward is not nn.Linear.forward or linear.bias is not None or not one_row(x):
         return linear(x)
     only = torch.zeros(1, dtype=torch.long)
-    return reduced_matmul(x.reshape(1, -1), linear.weight[None], only).view(*x.shape[:-1], -1)
+    return row_matmul(x.reshape(1, -1), linear.weight[None], only).view(*x.shape[:-1], -1)
+
+
+def row_matmul(x: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """Each row of x (S K) times the transpose of the matrix of its expert (weight: E N K; experts: S) -> S N."""
+    if torch.compiler.is_compiling():
+        return reduced_matmul(x, weight, experts)
+    rows = zip(x.split(1), experts.tolist(), strict=True)
+    if x.dtype != torch.bfloat16:
+        return torch.cat([F.linear(row, weight[e]) for row, e in rows])
+    with without_onednn():
+        return torch.cat([F.linear(row, weight[e]) for row, e in rows])
+
+
+class OneDNNSwitch:
+    """The state of `without_onednn`: how many threads are inside, and what the switch was before the first."""
+
+    lock = threading.Lock()
+    inside = 0
+    before: Any = True
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """
+    torch's own kernels instead of oneDNN's. The switch is the process's: what other threads multiply meanwhile is as
+    right and may be slower, so this is for single products. The last thread to leave puts it back.
+    """
+    with OneDNNSwitch.lock:
+        if OneDNNSwitch.inside == 0:
+            OneDNNSwitch.before = torch.backends.mkldnn.enabled
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        OneDNNSwitch.inside += 1
+    try:
+        yield
+    finally:
+        with OneDNNSwitch.lock:
+            OneDNNSwitch.inside -= 1
+            if OneDNNSwitch.inside == 0:
+                torch.backends.mkldnn.enabled = OneDNNSwitch.before
 
 
 def reduced_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x @ y as a multiply-and-reduce, for few rows of x: ... M K by ... K N -> ... M N, summed in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(dtype).unsqueeze(-1) * y.to(dtype).unsqueeze(-3)).sum(dim=-2).to(x.dtype)
+    return (stored(x.to(dtype)).unsqueeze(-1) * y.to(dtype).unsqueeze(-3)).sum(dim=-2).to(x.dtype)
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous. Inductor stores it once instead of computing it again wherever it is read."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def reduced_matmul(
@@ -47,11 +103,11 @@ def reduced_matmul(
     K, G = weight.shape[-1], 1 if scale is None else scale.shape[-1]  # noqa: N806
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Inductor sums up to 1024 numbers in vector registers and takes a slow compensated sum for more. Of int8, shorter
-    # sums are faster: they run beside each other, where in a long one each addition waits for the one before.
-    longest = 1024 if scale is None else 256
+    # sums are faster where a row needs several: they run beside each other, where in a long one each addition waits
+    # for the one before.
+    longest = 1024 if scale is None or K <= 1024 else 256
     pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= longest)
-    # as_strided makes Inductor store x once instead of computing it again for each of the N outputs.
-    row = x.to(dtype).contiguous().as_strided(x.shape, (K, 1)).unflatten(-1, (pieces, -1)).unsqueeze(1)
+    row = stored(x.to(dtype)).unflatten(-1, (pieces, -1)).unsqueeze(1)
     sums = (weight[experts].unflatten(-1, (pieces, -1)).to(dtype) * row).sum(dim=-1)  # S N pieces
     if scale is not None:
         sums = sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].to(dtype)

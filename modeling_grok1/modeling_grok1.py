@@ -28,7 +28,7 @@ from .loading_grok1 import (  # isort: skip  (first: it checks the version of tr
 )
 from .configuration_grok1 import GrokConfig  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
-from .decoding_grok1 import decoding, projected, reduced_matmul, reduced_product  # isort: skip
+from .decoding_grok1 import decoding, one_row, projected, reduced_product, row_matmul  # isort: skip
 
 import copy
 from collections.abc import Callable
@@ -164,7 +164,8 @@ def eager_attention_forward(
     group are rows of one product with their key head, so the cache is never repeated.
 
     The scores of a whole prompt would take 36 GiB for 8,192 tokens of the release. So a long one is computed some
-    queries at a time, and the weights are None, unless they or gradients are asked for.
+    queries at a time, each piece with the keys up to the last one that its mask leaves open, and the weights are None,
+    unless they or gradients are asked for.
     """
     (B, H, T, _), S = query.shape, key.shape[2]  # noqa: N806
     dropout = dropout if module.training else 0.0
@@ -175,9 +176,15 @@ def eager_attention_forward(
         return output.transpose(1, 2), weights
     outputs = []
     for start in range(0, T, rows):
-        piece = slice(start, start + rows)
-        mask = attention_mask if attention_mask is None else attention_mask.expand(-1, -1, T, -1)[:, :, piece]
-        outputs.append(attend(query[:, :, piece], key, value, mask, scaling, softcap, dropout)[0])
+        piece, mask, seen = slice(start, start + rows), None, S
+        if attention_mask is not None:
+            mask = attention_mask.expand(-1, -1, T, -1)[:, :, piece]
+            open_keys = mask > torch.finfo(mask.dtype).min  # where a padding token sees none, it weighs all alike
+            if open_keys.any(dim=-1).all():
+                seen = int(open_keys.any(dim=(0, 1, 2)).nonzero().max()) + 1
+            mask = mask[..., :seen]
+        keys, values = key[:, :, :seen], value[:, :, :seen]
+        outputs.append(attend(query[:, :, piece], keys, values, mask, scaling, softcap, dropout)[0])
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -286,14 +293,14 @@ def grouped_experts_forward(
     self: "Grok1Experts", x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
     """`experts_implementation="grouped_mm"`, the default: Transformers' own, where it has the dtype and is fast."""
+    if one_row(x):
+        chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
+        y = row_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
+        y = row_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D
+        return gates @ y
     if x.dtype == torch.float64:
         return self.plain_forward(x, experts, gates)
-    if not decoding(x):
-        return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
-    chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
-    y = reduced_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
-    y = reduced_matmul(self._apply_gate(y), self.down_proj, chosen)  # k D
-    return gates @ y
+    return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
 
 
 ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
@@ -363,7 +370,7 @@ class Grok1Expert(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+        return projected(self.w2, self.act_fn(projected(self.w1, x)) * projected(self.w3, x))
 
 
 class Grok1LinearExperts(nn.ModuleList):

@@ -58,6 +58,24 @@ def test_pieces_give_the_logits_of_the_whole(model, monkeypatch, rows, padding):
 
 
 @torch.no_grad()
+def test_a_piece_reads_the_keys_that_its_mask_leaves_open(model, monkeypatch):
+    """A mask of the user's own: a prefix that sees itself whole, then causal."""
+    T, prefix = 96, 40  # noqa: N806
+    ids = torch.randint(3, 96, (1, T), generator=torch.Generator().manual_seed(3))
+    is_open = torch.ones(T, T, dtype=torch.bool).tril()
+    is_open[:prefix, :prefix] = True
+    mask = torch.zeros(1, 1, T, T, dtype=torch.float64).masked_fill(~is_open, torch.finfo(torch.float64).min)
+    expected = model(ids, attention_mask=mask).logits
+    keys = []
+    attend = model_file.attend
+    monkeypatch.setattr(model_file, "attend", lambda q, k, *rest: keys.append(k.shape[2]) or attend(q, k, *rest))
+    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)  # 16 rows
+    actual = model(ids, attention_mask=mask).logits
+    assert keys == [40, 40, 48, 64, 80, 96] * model.config.num_hidden_layers
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 def test_a_prompt_after_a_cache_is_computed_in_pieces_too(model, monkeypatch):
     ids = torch.randint(3, 96, (1, 120), generator=torch.Generator().manual_seed(1))
     expected = model(ids).logits[:, 40:]

@@ -1,24 +1,26 @@
-"""The products of one token, which torch.compile turns into a read of the chosen weights, are the plain ones."""
+"""The fast products of one token, compiled and not, are the plain ones and read the chosen weights only."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from transformers.integrations.moe import ExpertsInterface
 
-from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_product
+from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_product, row_matmul, without_onednn
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
 # Inputs of a row: whole, in pieces, a prime number of them.
 @pytest.mark.parametrize("inputs", [16, 1024, 1368, 4099])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rows_are_multiplied_with_the_matrix_of_their_expert(inputs, dtype):
+@pytest.mark.parametrize("matmul", [reduced_matmul, row_matmul])
+def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, inputs, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 24, inputs, generator=generator).to(dtype)
     x = torch.randn(3, inputs, generator=generator).to(dtype)
     experts = torch.tensor([2, 0, 2])
-    y = reduced_matmul(x, weight, experts)
+    y = matmul(x, weight, experts)
     assert y.dtype == dtype
     expected = torch.einsum("sk,snk->sn", x.double(), weight[experts].double())
     magnitude = torch.einsum("sk,snk->sn", x.double().abs(), weight[experts].double().abs())
@@ -36,21 +38,22 @@ def experts(small_config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @torch.no_grad()
-def test_a_compiled_step_gives_the_plain_result_without_the_grouped_product(experts, dtype, monkeypatch):
+def test_a_step_gives_the_result_of_all_experts_without_the_grouped_product(experts, compiled, dtype, monkeypatch):
     def grouped(*args):
         raise AssertionError("the grouped product was called")
 
     monkeypatch.setitem(ExpertsInterface._global_mapping, "grouped_mm", grouped)
     experts = experts.to(dtype)
-    compiled = torch.compile(experts, fullgraph=True, dynamic=False)
+    step = torch.compile(experts, fullgraph=True, dynamic=False) if compiled else experts
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, experts.gate_up_proj.shape[-1], generator=generator).to(dtype)
         chosen = torch.randperm(experts.num_experts, generator=generator)[None, :2]
         gates = torch.rand(1, 2, generator=generator).to(dtype)
         expected = copy.deepcopy(experts).double().plain_forward(x.double(), chosen, gates.double())
-        actual = compiled(x, chosen, gates)
+        actual = step(x, chosen, gates)
         assert (actual - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
@@ -60,9 +63,9 @@ def test_an_expert_of_another_rank_adds_nothing(experts):
     E = experts.num_experts  # noqa: N806
     x = torch.randn(1, experts.gate_up_proj.shape[-1])
     gates = torch.tensor([[0.75, 0.0]])
-    compiled = torch.compile(experts, fullgraph=True, dynamic=False)
     expected = experts.plain_forward(x, torch.tensor([[1, E]]), gates)
-    torch.testing.assert_close(compiled(x, torch.tensor([[1, E]]), gates), expected)
+    for step in (experts, torch.compile(experts, fullgraph=True, dynamic=False)):
+        torch.testing.assert_close(step(x, torch.tensor([[1, E]]), gates), expected)
 
 
 @torch.no_grad()
@@ -117,3 +120,46 @@ def test_only_a_plain_projection_of_one_token_is_reduced():
     torch.testing.assert_close(products(replaced, row)[0], plain(row) + 1)
     biased = torch.nn.Linear(32, 48)
     torch.testing.assert_close(products(biased, row)[0], biased(row))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_a_plain_step_multiplies_bfloat16_without_onednn(dtype, monkeypatch):
+    plain = torch.nn.Linear(32, 48, bias=False, dtype=dtype)
+    switches, linear = [], torch.nn.functional.linear
+
+    def watched(*args):
+        switches.append(torch.backends.mkldnn.enabled)
+        return linear(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    projected(plain, torch.randn(1, 1, 32, dtype=dtype))
+    projected(plain, torch.randn(1, 2, 32, dtype=dtype))
+    assert switches == [dtype != torch.bfloat16, True]
+
+
+def test_the_switch_of_onednn_is_put_back(monkeypatch):
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
+        with pytest.raises(KeyError), without_onednn(), without_onednn():
+            assert not torch.backends.mkldnn.enabled
+            raise KeyError
+        assert torch.backends.mkldnn.enabled is before
+
+
+def test_threads_that_overlap_leave_the_switch_as_it_was():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with without_onednn():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with without_onednn():
+        thread.start()
+        assert entered.wait(10)
+    assert not torch.backends.mkldnn.enabled  # the other is inside
+    leave.set()
+    thread.join()
+    assert torch.backends.mkldnn.enabled

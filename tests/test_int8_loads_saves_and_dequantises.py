@@ -92,17 +92,19 @@ def test_saved_folders_are_int8_hub_folders_again(converted, tmp_path, name, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dequantised_models_are_plain_and_save_as_ordinary_folders(converted, reference, tmp_path, layout):
     golden = reference("tiny-8", "fp32")
-    model = load(converted("tiny-8", "int8"), layout, dtype=torch.float32)
+    # In float64, where the order of a sum does not show: in float32 it depends on the processor.
+    model = load(converted("tiny-8", "int8"), layout, dtype=torch.float64)
     before = logits(model, golden)
     model.dequantize()
     assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
     plain = {"fused": Grok1Experts, "linear": Grok1LinearExperts}[layout]
     assert type(model.model.layers[0].block_sparse_moe.experts) is plain
-    assert all(value.dtype == torch.float32 for value in model.parameters())
-    torch.testing.assert_close(logits(model, golden), before, rtol=0, atol=1e-5)
+    assert model.model.layers[0].self_attn.o_proj.weight.dtype == torch.float64
+    torch.testing.assert_close(logits(model, golden), before, rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert_equal(tensors(tmp_path), tensors(converted("tiny-8", "float32")))
+    saved = {name: value.float() for name, value in tensors(tmp_path).items()}
+    assert_equal(saved, tensors(converted("tiny-8", "float32")))
 
 
 def test_dequantising_in_bf16_gives_the_bf16_conversion(converted):
