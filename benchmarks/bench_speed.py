@@ -4,17 +4,18 @@
 
 A Grok-1 of about 1.1 billion parameters with random weights, on the CPU. Its rivals have the same sizes: Mixtral as
 Transformers has it (each experts implementation, plain and compiled), llama.cpp on the same weights, and the way in
-which xAI's JAX code computes (dequantise, run all experts on every token, combine by one-hot), rewritten here. In each
-round every contestant runs once, one after the other; a ratio is taken inside a round, and its median and range over
+which xAI's JAX code computes (dequantise, run all experts on every token, combine by one-hot), rewritten here. Each
+model lies in a process of its own, idle between questions. In each round every contestant runs once, one after the
+other, in every second round from the last to the first; a ratio is taken inside a round, and its median and range over
 the rounds are printed. Run it on a machine that does nothing else: it needs 16 GB of memory and 8 GB of disk.
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def experts_implementation(model: nn.Module, name: str):
     model.set_experts_implementation(before)
 
 
-def as_jax(model: nn.Module):
+@contextmanager
+def as_jax():
     """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix picks."""
 
     def linear(self, x):
@@ -116,16 +118,16 @@ def as_jax(model: nn.Module):
         one_hot = nn.functional.one_hot(chosen, self.num_experts).to(x.dtype)  # N k E
         return torch.einsum("end,nke,nk->nd", y, one_hot, gates)
 
-    return mock.patch.multiple(Int8Linear, forward=linear), mock.patch.multiple(Int8Experts, forward=experts)
+    with mock.patch.multiple(Int8Linear, forward=linear), mock.patch.multiple(Int8Experts, forward=experts):
+        yield
 
 
-class Llama:
-    """llama.cpp in a process of its own, idle between questions."""
+class Racer:
+    """A process that answers each line with seconds, idle between questions."""
 
-    def __init__(self, python: Path, gguf: Path, threads: int):
-        worker = Path(__file__).with_name("bench_llama.py")
-        command = [str(part) for part in (python, worker, gguf, threads, CONTEXT)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, *command):
+        words = [str(word) for word in command]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, question: str) -> float:
         assert self.process.stdin and self.process.stdout
@@ -135,6 +137,54 @@ class Llama:
 
     def close(self) -> None:
         self.process.communicate()
+
+
+def contestants(kind: str, folder: Path) -> dict[str, Callable[[int], float]]:
+    """The contestants of one model: a name and "decode" or "prefill" to the seconds with a seed."""
+    if kind == "mixtral":
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES, num_local_experts=8, sliding_window=None, tie_word_embeddings=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    runs: dict[str, Callable[[int], float]] = {}
+
+    def enter(name: str, function: Callable, *extra, context: Callable = nullcontext) -> None:
+        def run(seed: int) -> float:
+            with context():
+                return function(model, *extra, seed)
+
+        runs[name] = run
+
+    def enter_compiled(name: str, context: Callable = nullcontext) -> None:
+        step = torch.compile(model.forward, dynamic=False, fullgraph=True)
+        enter(f"{name} compiled decode", decode_compiled, step, context=context)
+
+    if kind == "mixtral":
+        for name in EXPERTS:
+            implementation = functools.partial(experts_implementation, model, name)
+            enter(f"mixtral {name} decode", decode, context=implementation)
+            if name != "batched_mm":  # copies the experts of every token: 17 GB here
+                enter(f"mixtral {name} prefill", prefill, context=implementation)
+            if name != "eager":  # cannot be compiled whole
+                enter_compiled(f"mixtral {name}", context=implementation)
+    else:
+        enter(f"grok {kind} decode", decode)
+        enter(f"grok {kind} prefill", prefill)
+        enter_compiled(f"grok {kind}")
+    if kind == "int8":
+        enter("jax way decode", functools.partial(decode, steps=3), context=as_jax)
+        enter("jax way prefill", prefill, context=as_jax)
+    return runs
+
+
+def answer(kind: str, folder: Path) -> None:
+    """The process of one model: prints the names of its contestants, then answers lines `NAME SEED`."""
+    runs = contestants(kind, folder)
+    print(json.dumps(list(runs)), flush=True)
+    for line in sys.stdin:
+        name, _, seed = line.strip().rpartition(" ")
+        print(runs[name](int(seed)), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -163,10 +213,15 @@ def matrix_rate() -> float:
     return 2 * 2048 * D * F / min(seconds)
 
 
-def active_bytes(model: nn.Module) -> int:
+def active_bytes(folder: Path) -> int:
     """Bytes of the weights that one token reads. The embedding is read as the head."""
-    share = SIZES["num_experts_per_tok"] / model.config.num_experts
-    return int(sum(weight.nbytes * (share if ".experts." in name else 1) for name, weight in model.named_parameters()))
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            for name in set(shard.keys()) - {"lm_head.weight"}:
+                share = SIZES["num_experts_per_tok"] / 8 if ".experts." in name else 1
+                total += int(shard.get_tensor(name).nbytes * share)
+    return total
 
 
 def active_flop() -> float:
@@ -285,100 +340,58 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     torch.manual_seed(0)
     config = GrokConfig(**SIZES, num_experts=8)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    paths = {name: folder / name for name in ("bfloat16", "int8", "fused")}
-    model.save_pretrained(paths["bfloat16"])
+    paths = {name: folder / name for name in ("bf16", "int8", "fused")}
+    model.save_pretrained(paths["bf16"])
     paths["fused"].mkdir()
     fused = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     save_file(fused, paths["fused"] / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(paths["fused"])
     del model, fused
     quantised = AutoModelForCausalLM.from_pretrained(
-        paths["bfloat16"], dtype=torch.bfloat16, quantization_config=Grok1Int8Config(scale_blocks=8)
+        paths["bf16"], dtype=torch.bfloat16, quantization_config=Grok1Int8Config(scale_blocks=8)
     )
     quantised.save_pretrained(paths["int8"])
     if arguments.llama:
         python, converter = arguments.llama
         demo = Path(modeling_grok1.__file__).parent / "demo" / "tokenizer.model"
-        (paths["bfloat16"] / "tokenizer.model").write_bytes(demo.read_bytes())
+        (paths["bf16"] / "tokenizer.model").write_bytes(demo.read_bytes())
         for kind, label in (("bf16", "llama.cpp bf16"), ("q8_0", "llama.cpp q8_0")):
             paths[label] = folder / f"{kind}.gguf"
-            command = [python, converter, paths["bfloat16"], "--outtype", kind, "--outfile", paths[label]]
+            command = [python, converter, paths["bf16"], "--outtype", kind, "--outfile", paths[label]]
             subprocess.run([str(part) for part in command], check=True, capture_output=True)
     return paths
 
 
 def race(paths: dict[str, Path], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds by contestant, a number a round: "NAME decode" of one step and "NAME prefill" of one prompt."""
-    grok = AutoModelForCausalLM.from_pretrained(paths["bfloat16"], dtype=torch.bfloat16)
-    int8 = AutoModelForCausalLM.from_pretrained(paths["int8"], dtype=torch.bfloat16)
-    for weight in int8.parameters():
-        weight.data = weight.data.clone()  # out of the file
-    torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, num_local_experts=8, sliding_window=None, tie_word_embeddings=True)
-    mixtral = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    racers, questions = [], {}
+    for kind in ("bf16", "int8", "mixtral"):
+        racer = Racer(sys.executable, __file__, "--racer", kind, paths.get(kind, "-"), "--threads", arguments.threads)
+        racers.append(racer)
+        assert racer.process.stdout
+        for name in json.loads(racer.process.stdout.readline()):
+            questions[name] = functools.partial(lambda racer, name, seed: racer.ask(f"{name} {seed}"), racer, name)
+    for label in (label for label in paths if label.startswith("llama")):
+        worker = Path(__file__).with_name("bench_llama.py")
+        racer = Racer(arguments.llama[0], worker, paths[label], arguments.threads, CONTEXT)
+        racers.append(racer)
+        for name, question in (("decode", f"decode {PROMPT} {STEPS}"), ("prefill", f"prefill {PREFILL}")):
+            questions[f"{label} {name}"] = functools.partial(lambda racer, q, seed: racer.ask(q), racer, question)
+    questions["bandwidth"] = lambda seed: 1 / read_bandwidth()
+    questions["matrix rate"] = lambda seed: 1 / matrix_rate()
 
-    contestants: dict[str, Callable[[int], float]] = {}
-
-    def enter(name: str, model: nn.Module, context: Callable = nullcontext, steps: int = STEPS) -> None:
-        def inside(function: Callable, *extra) -> Callable[[int], float]:
-            def run(seed: int) -> float:
-                with context():
-                    return function(model, seed, *extra)
-
-            return run
-
-        contestants[f"{name} decode"] = inside(decode, steps)
-        contestants[f"{name} prefill"] = inside(prefill)
-
-    def enter_compiled(name: str, model: nn.Module, context: Callable = nullcontext) -> None:
-        step = torch.compile(model.forward, dynamic=False, fullgraph=True)
-
-        def run(seed: int) -> float:
-            with context():
-                return decode_compiled(model, step, seed)
-
-        contestants[f"{name} compiled decode"] = run
-
-    @contextmanager
-    def jax():
-        linear, experts = as_jax(int8)
-        with linear, experts:
-            yield
-
-    enter("grok bf16", grok)
-    enter_compiled("grok bf16", grok)
-    enter("grok int8", int8)
-    enter_compiled("grok int8", int8)
-    for name in EXPERTS:
-        enter(f"mixtral {name}", mixtral, lambda name=name: experts_implementation(mixtral, name))
-    del contestants["mixtral batched_mm prefill"]  # copies the experts of every token: 17 GB here
-    for name in ("grouped_mm", "batched_mm"):  # eager experts cannot be compiled whole
-        enter_compiled(f"mixtral {name}", mixtral, lambda name=name: experts_implementation(mixtral, name))
-    enter("jax way", int8, jax, steps=3)
-    runtimes = {
-        label: Llama(arguments.llama[0], path, arguments.threads)
-        for label, path in paths.items()
-        if label.startswith("llama")
-    }
-    for label, runtime in runtimes.items():
-        contestants[f"{label} decode"] = lambda seed, runtime=runtime: runtime.ask(f"decode {PROMPT} {STEPS}")
-        contestants[f"{label} prefill"] = lambda seed, runtime=runtime: runtime.ask(f"prefill {PREFILL}")
-
-    contestants["bandwidth"] = lambda seed: 1 / read_bandwidth()
-    contestants["matrix rate"] = lambda seed: 1 / matrix_rate()
-    for name, run in contestants.items():  # compiles, and touches every page
-        print(f"warm-up: {name} {run(0):.4g} s", file=sys.stderr)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for seed in range(1, arguments.rounds + 1):
-        print(f"round {seed} of {arguments.rounds}", file=sys.stderr)
-        names = list(contestants)
-        random.Random(seed).shuffle(names)
-        for name in names:
-            seconds[name].append(contestants[name](100 * seed))
-    for runtime in runtimes.values():
-        runtime.close()
-    seconds["bf16 limit"] = [active_bytes(grok) * inverse for inverse in seconds["bandwidth"]]
-    seconds["int8 limit"] = [active_bytes(int8) * inverse for inverse in seconds["bandwidth"]]
+    for ask in questions.values():
+        ask(0)
+    seconds: dict[str, list[float]] = {name: [] for name in questions}
+    for number in range(arguments.rounds):
+        for name in list(questions)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(questions[name](1 + number))
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+    for racer in racers:
+        racer.close()
+    for kind in ("bf16", "int8"):
+        active = active_bytes(paths[kind])
+        seconds[f"{kind} limit"] = [active * inverse for inverse in seconds["bandwidth"]]
     seconds["prefill limit"] = [PREFILL * active_flop() * inverse for inverse in seconds["matrix rate"]]
     return seconds
 
@@ -390,10 +403,13 @@ def best(seconds: dict[str, list[float]], prefix: str, kind: str) -> str:
 
 def report(seconds: dict[str, list[float]], load: dict, fused: dict, imports: list[float]) -> str:
     table, s = Table(), seconds
-    mixtral, mixtral_prefill = best(s, "mixtral", "decode"), best(s, "mixtral", "prefill")
+    mixtral_prefill = best(s, "mixtral", "prefill")
     compiled, plain = "grok bf16 compiled decode", "grok bf16 decode"
-    table.add(f"decode bf16 compiled: speed over {mixtral}", divide(s[mixtral], s[compiled]), 2.5)
-    table.add(f"decode bf16 plain: speed over {mixtral}", divide(s[mixtral], s[plain]), 1.5)
+    uncompiled = {name: values for name, values in s.items() if "compiled" not in name}
+    for mixtral in dict.fromkeys(best(rivals, "mixtral", "decode") for rivals in (s, uncompiled)):
+        label = mixtral if "compiled" in mixtral else f"{mixtral.removesuffix(' decode')} plain decode"
+        table.add(f"decode bf16 compiled: speed over {label}", divide(s[mixtral], s[compiled]), 2.5)
+        table.add(f"decode bf16 plain: speed over {label}", divide(s[mixtral], s[plain]), 1.5)
     table.add("decode bf16 compiled: time over its read limit", divide(s[compiled], s["bf16 limit"]), 1.6, True)
     if "llama.cpp bf16 decode" in s:
         llama = {kind: s[f"llama.cpp {kind}"] for kind in ("bf16 decode", "q8_0 decode", "bf16 prefill")}
@@ -481,12 +497,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where to keep the tables")
     parser.add_argument("--loading", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--racer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     if arguments.loading:
         loading(arguments.loading, arguments.rounds)
+        return
+    if arguments.racer:
+        answer(arguments.racer[0], Path(arguments.racer[1]))
         return
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as name:
         paths = build(Path(name), arguments)
@@ -500,7 +520,7 @@ def main() -> None:
                     text=True,
                 ).stdout.splitlines()[-1]
             )
-            for kind in ("bfloat16", "fused")
+            for kind in ("bf16", "fused")
         )
         imports = import_seconds(arguments.rounds)
         seconds = race(paths, arguments)
