@@ -158,7 +158,10 @@ def aliased(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes the scores of a prompt in pieces of a GPU's size, as the meta device does."""
+    """The CPU computes a prompt as a GPU and the meta device do: larger pieces of scores, all experts at once."""
+    from transformers.integrations.moe import ExpertsInterface
+
     from modeling_grok1 import modeling_grok1 as model_file
 
     monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", model_file.SCORE_BYTES["cuda"])
+    monkeypatch.setitem(model_file.ALL_EXPERTS_FUNCTIONS, "grouped_mm", ExpertsInterface()["grouped_mm"])

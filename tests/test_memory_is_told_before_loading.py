@@ -70,19 +70,31 @@ def test_the_peak_of_known_operations() -> None:
     assert peak_bytes(lambda: given.mul_(2), given=[given]) == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_on_meta_are_those_on_the_cpu(dtype: str, as_on_a_gpu: None) -> None:
+def activations(dtype: str, prompt: int) -> tuple[int, int]:
+    """Told from the meta device, and measured on the CPU."""
     config = GrokConfig(**{**CONFIG, "num_hidden_layers": 1})
-    told = model_memory(config, dtype, prompt=64)
+    told = model_memory(config, dtype, prompt=prompt)
     model = Grok1ForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
-    tokens = torch.randint(3, 96, (1, 64))
+    tokens = torch.randint(3, 96, (1, prompt))
     cache = DynamicCache(config=config)
     measured = peak_bytes(
         lambda: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1),
         given=[tokens, *model.parameters(), *model.buffers()],
     )
-    measured -= cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
-    assert measured == told.activations
+    return told.activations, measured - cache.layers[0].keys.nbytes - cache.layers[0].values.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_on_meta_are_those_of_a_gpu(dtype: str, as_on_a_gpu: None) -> None:
+    told, measured = activations(dtype, prompt=64)
+    assert measured == told
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prompt", [1, 64, 1024])
+def test_a_cpu_holds_no_more(dtype: str, prompt: int) -> None:
+    told, measured = activations(dtype, prompt)
+    assert measured <= told
 
 
 def test_the_released_model() -> None:

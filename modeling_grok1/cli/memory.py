@@ -177,11 +177,12 @@ def model_memory(config: "GrokConfig", precision: str, prompt: int = 8192) -> Me
 
     Weights: the shapes and dtypes of its parameters, with the matrices of attention and experts by the element sizes
     of the quantised layout. KV cache: the tensors of a real cache. Activations: the peak of all tensors alive at one
-    time, beside weights and cache, while a prompt of `prompt` tokens is read in one piece: batch 1, eager attention,
-    grouped experts, logits of the last token only (as `generate` does). Eager attention computes a long prompt some
-    queries at a time, so this grows with the prompt, and not with its square but for the mask. Where the precision
-    dequantises, one matrix in the compute dtype is added. Not in it: the allocator's rounding, the workspaces of
-    kernels, and the framework itself (about half a GiB on a GPU).
+    time, beside weights and cache, while a GPU reads a prompt of `prompt` tokens in one piece: batch 1, eager
+    attention, grouped experts, logits of the last token only (as `generate` does). A CPU holds less: its pieces of
+    attention are smaller, and its experts run one by one. Eager attention computes a long prompt some queries at a
+    time, so this grows with the prompt, and not with its square but for the mask. Where the precision dequantises,
+    one matrix in the compute dtype is added. Not in it: the allocator's rounding, the workspaces of kernels, and the
+    framework itself (about half a GiB on a GPU).
 
     Args:
         config: the model's sizes.
