@@ -11,6 +11,7 @@ the rounds are printed. Run it on a machine that does nothing else: it needs 16 
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import json
@@ -239,10 +240,15 @@ def anonymous_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
 
 
+def hand_back_memory() -> None:
+    """What was freed goes back to the system: otherwise the next model fills pages that are counted as held before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def peak_memory(result: list[int]):
     """Adds the growth of anonymous memory at its peak, in bytes."""
-    gc.collect()
     base, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -273,10 +279,12 @@ def loading(folder: Path, rounds: int) -> None:
     read_whole(folder)
     seconds, baseline, peaks = [], [], []
     for _ in range(rounds):
+        hand_back_memory()
         begin = time.perf_counter()
         held = read_whole(folder)
         baseline.append(time.perf_counter() - begin)
         del held
+        hand_back_memory()
         with peak_memory(peaks):
             begin = time.perf_counter()
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

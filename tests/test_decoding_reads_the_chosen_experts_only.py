@@ -11,13 +11,14 @@ from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_pro
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
-# Inputs of a row: whole, in pieces, a prime number of them.
-@pytest.mark.parametrize("inputs", [16, 1024, 1368, 4099])
+# Inputs of a row: whole, in pieces, a prime number of them, a row so long that eight outputs share it.
+@pytest.mark.parametrize("inputs", [16, 1024, 1368, 4099, 8192])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [20, 24])
 @pytest.mark.parametrize("matmul", [reduced_matmul, row_matmul])
-def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, inputs, dtype):
+def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, outputs, inputs, dtype):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4, 24, inputs, generator=generator).to(dtype)
+    weight = torch.randn(4, outputs, inputs, generator=generator).to(dtype)
     x = torch.randn(3, inputs, generator=generator).to(dtype)
     experts = torch.tensor([2, 0, 2])
     y = matmul(x, weight, experts)
