@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
 """
-The products of decoding on a CPU, of one row each, cost what reading their matrix costs. torch.compile reads it at the
-memory's rate where they are written as a multiply-and-reduce. Without it torch hands those of bfloat16 to oneDNN,
-which reads at half to two thirds of the rate of torch's own kernel.
+What the rate of a CPU's memory asks for. The products of decoding, of one row each, cost what reading their matrix
+costs. torch.compile reads it at the memory's rate where they are written as a multiply-and-reduce. Without it torch
+hands those of bfloat16 to oneDNN, which reads at half to two thirds of the rate of torch's own kernel.
 """
 
 import threading
@@ -117,3 +117,13 @@ def reduced_matmul(
     if scale is not None:
         sums = sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].to(dtype)
     return sums.sum(dim=-1).to(x.dtype)
+
+
+def keep_freed_memory() -> None:
+    """
+    Let glibc keep up to 64 MiB that was freed. By its own rule it keeps twice the largest block that was freed before,
+    of at most 32 MiB (`M_MMAP_THRESHOLD` in mallopt(3)): less than a layer needs for a prompt of some hundred tokens,
+    which then faults the same pages in again and again, a third of its time. So a block of that size is freed here. It
+    is never written to, so it takes no memory; other allocators do not mind.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

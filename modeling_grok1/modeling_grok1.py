@@ -28,7 +28,14 @@ from .loading_grok1 import (  # isort: skip  (first: it checks the version of tr
 )
 from .configuration_grok1 import GrokConfig  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
-from .decoding_grok1 import decoding, one_row, projected, reduced_product, row_matmul  # isort: skip
+from .decoding_grok1 import (  # isort: skip
+    decoding,
+    keep_freed_memory,
+    one_row,
+    projected,
+    reduced_product,
+    row_matmul,
+)
 
 import copy
 from collections.abc import Callable
@@ -202,10 +209,9 @@ def attend(
     (B, H, T, d), (K, S) = query.shape, key.shape[1:3]  # noqa: N806
     matmul = reduced_product if decoding(query.reshape(B * T, -1)) else torch.matmul
     scores = matmul(query.reshape(B, K, H // K * T, d), key.transpose(2, 3))  # B K G*T S
-    scores = softcap * torch.tanh(scores.float() * (scaling / softcap))
-    scores = scores.view(B, H, T, S)
-    if mask is not None:
-        scores = scores + mask
+    # In place: the scores are the largest tensor of a long prompt, and each new one costs its pages too.
+    scores = torch.tanh_(scores.float().mul_(scaling / softcap)).view(B, H, T, S)
+    scores = scores * softcap if mask is None else torch.add(mask, scores, alpha=softcap)
     weights = scores.softmax(dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     output = matmul(weights.view(B, K, H // K * T, S), value)  # B K G*T d
@@ -630,6 +636,7 @@ class Grok1Model(Grok1PreTrainedModel):
         self.rotary_emb = Grok1RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        keep_freed_memory()
 
     @merge_with_config_defaults
     @capture_outputs

@@ -70,11 +70,11 @@ def renormalised_gates(logits, x, weight, top_k):
 
 
 def hard_clamp(model, monkeypatch):
-    monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1.0, 1.0))
+    monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp(-1.0, 1.0))
 
 
 def no_cap(model, monkeypatch):
-    monkeypatch.setattr(torch, "tanh", lambda x: x)
+    monkeypatch.setattr(torch, "tanh_", lambda x: x)
 
 
 def eps_1e6(model, monkeypatch):
