@@ -100,20 +100,17 @@ def reduced_matmul(
     Returns:
         S N in the dtype of x; summed in float32, in float64 if x is.
     """
-    K, G = weight.shape[-1], 1 if scale is None else scale.shape[-1]  # noqa: N806
+    _, N, K = weight.shape  # noqa: N806
+    G = 1 if scale is None else scale.shape[-1]  # noqa: N806
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # A long row of x leaves no room in the first-level cache: eight outputs at a time share each load of it. A short
-    # one stays there, and one stream of weights is read faster than eight.
-    together = 8 if K > 4096 and weight.shape[1] % 8 == 0 else 1
-    # Inductor sums up to 1024 numbers in vector registers and takes a slow compensated sum for more. Of int8, shorter
-    # sums are faster where a row needs several: they run beside each other, where in a long one each addition waits
-    # for the one before. Eight outputs run beside each other anyhow.
-    longest = 256 if scale is not None and K > 1024 and together == 1 else 1024
-    pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= longest)
+    # Four outputs of four quarters of the matrix at a time: they share each load of x, which is four bytes for each
+    # weight's one or two, their sums run beside each other, and four distant streams keep more of the memory busy.
+    streams = 4 if N % 4 == 0 else 1
+    # Inductor sums up to 1024 numbers in vector registers and takes a slow compensated sum for more.
+    pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= 1024)
     row = stored(x.to(dtype)).unflatten(-1, (pieces, -1)).unsqueeze(1)
-    chosen = weight[experts].unflatten(-1, (pieces, -1)).unflatten(1, (-1, together))  # S N/8 8 pieces K/pieces
-    outputs = [(rows.to(dtype) * row).sum(dim=-1) for rows in chosen.unbind(2)]
-    sums = torch.stack(outputs, dim=2).flatten(1, 2)  # S N pieces
+    quarters = weight[experts].unflatten(-1, (pieces, -1)).chunk(streams, dim=1)  # each S N/4 pieces K/pieces
+    sums = torch.cat([(quarter.to(dtype) * row).sum(dim=-1) for quarter in quarters], dim=1)  # S N pieces
     if scale is not None:
         sums = sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].to(dtype)
     return sums.sum(dim=-1).to(x.dtype)

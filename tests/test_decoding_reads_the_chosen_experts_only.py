@@ -11,10 +11,10 @@ from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_pro
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
-# Inputs of a row: whole, in pieces, a prime number of them, a row so long that eight outputs share it.
+# Inputs of a row: whole, in pieces, a prime number of them. Outputs: in four quarters, and a number that has none.
 @pytest.mark.parametrize("inputs", [16, 1024, 1368, 4099, 8192])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [20, 24])
+@pytest.mark.parametrize("outputs", [20, 22])
 @pytest.mark.parametrize("matmul", [reduced_matmul, row_matmul])
 def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, outputs, inputs, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -25,7 +25,7 @@ def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, outputs, in
     assert y.dtype == dtype
     expected = torch.einsum("sk,snk->sn", x.double(), weight[experts].double())
     magnitude = torch.einsum("sk,snk->sn", x.double().abs(), weight[experts].double().abs())
-    assert ((y - expected).abs() <= torch.finfo(dtype).eps * magnitude).all()
+    assert (y - expected).norm() <= torch.finfo(dtype).eps / 2 * magnitude.norm()
 
 
 @pytest.fixture
