@@ -11,7 +11,6 @@ the rounds are printed. Run it on a machine that does nothing else: it needs 16 
 """
 
 import argparse
-import ctypes
 import functools
 import gc
 import json
@@ -240,12 +239,6 @@ def anonymous_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
 
 
-def hand_back_memory() -> None:
-    """What was freed goes back to the system: otherwise the next model fills pages that are counted as held before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 @contextmanager
 def peak_memory(result: list[int]):
     """Adds the growth of anonymous memory at its peak, in bytes."""
@@ -273,25 +266,43 @@ def read_whole(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def loading(folder: Path, rounds: int) -> None:
-    """Run in a process of its own: prints the seconds of both ways and the peaks of from_pretrained, as JSON."""
-    AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    read_whole(folder)
-    seconds, baseline, peaks = [], [], []
-    for _ in range(rounds):
-        hand_back_memory()
+LOADERS: dict[str, Callable] = {
+    "from_pretrained": functools.partial(AutoModelForCausalLM.from_pretrained, dtype="auto"),
+    "safetensors": read_whole,
+}
+
+
+def load(loader: str, folder: Path, small: Path) -> None:
+    """Run in a process of its own, as users load: prints seconds, peak memory and bytes held, as JSON."""
+    LOADERS[loader](small)  # imports what it needs
+    peaks: list[int] = []
+    with peak_memory(peaks):
         begin = time.perf_counter()
-        held = read_whole(folder)
-        baseline.append(time.perf_counter() - begin)
-        del held
-        hand_back_memory()
-        with peak_memory(peaks):
-            begin = time.perf_counter()
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            seconds.append(time.perf_counter() - begin)
-        weights = sum(weight.nbytes for weight in model.parameters())
-        del model
-    print(json.dumps({"seconds": seconds, "baseline": baseline, "peaks": peaks, "weights": weights}))
+        loaded = LOADERS[loader](folder)
+        seconds = time.perf_counter() - begin
+    weights = sum(weight.nbytes for weight in (loaded.values() if isinstance(loaded, dict) else loaded.parameters()))
+    print(json.dumps({"seconds": seconds, "peak": peaks[0], "weights": weights}))
+
+
+def loading(paths: dict[str, Path], rounds: int) -> dict[str, list[dict]]:
+    """What `load` tells, a number a round: by "KIND LOADER"."""
+
+    def run(name: str) -> dict:
+        kind, loader = name.split()
+        command = [sys.executable, __file__, "--load", loader, str(paths[kind]), str(paths["small"])]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(output.splitlines()[-1])
+
+    results: dict[str, list[dict]] = {}
+    for names in (["bf16 from_pretrained", "bf16 safetensors"], ["fused from_pretrained"]):
+        for name in names:
+            run(name)  # brings the file into the page cache
+        for number in range(rounds):
+            # What a process is given may be memory that the one before it gave back, which is faster: each is second
+            # as often as first.
+            for name in names[:: 1 if number % 2 == 0 else -1]:
+                results.setdefault(name, []).append(run(name))
+    return results
 
 
 IMPORTS = """
@@ -344,11 +355,13 @@ def divide(numerators: list[float], denominators: list[float]) -> list[float]:
 
 
 def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
-    """Writes the models: hub folder, int8, fused, and two GGUF files."""
+    """Writes the models: hub folder, int8, fused, two GGUF files, and a small one of the same kind."""
     torch.manual_seed(0)
+    paths = {name: folder / name for name in ("bf16", "int8", "fused", "small")}
+    small = {name: min(size, 8) for name, size in SIZES.items()}
+    AutoModelForCausalLM.from_config(GrokConfig(**small, num_experts=8)).save_pretrained(paths["small"])
     config = GrokConfig(**SIZES, num_experts=8)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    paths = {name: folder / name for name in ("bf16", "int8", "fused")}
     model.save_pretrained(paths["bf16"])
     paths["fused"].mkdir()
     fused = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
@@ -398,7 +411,8 @@ def race(paths: dict[str, Path], arguments: argparse.Namespace) -> dict[str, lis
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for number in range(arguments.rounds):
         for name in order[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(questions[name](1 + number))
+            # A prompt of its own for each: one that another run of the same process had would find its products ready.
+            seconds[name].append(questions[name](1 + number * len(order) + order.index(name)))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     for racer in racers:
         racer.close()
@@ -414,7 +428,7 @@ def best(seconds: dict[str, list[float]], prefix: str, kind: str) -> str:
     return min(names, key=lambda name: statistics.median(seconds[name]))
 
 
-def report(seconds: dict[str, list[float]], load: dict, fused: dict, imports: list[float]) -> str:
+def report(seconds: dict[str, list[float]], loads: dict[str, list[dict]], imports: list[float]) -> str:
     table, s = Table(), seconds
     mixtral_prefill = best(s, "mixtral", "prefill")
     compiled, plain = "grok bf16 compiled decode", "grok bf16 decode"
@@ -444,16 +458,12 @@ def report(seconds: dict[str, list[float]], load: dict, fused: dict, imports: li
     )
     table.add("decode bf16 compiled: speed over the JAX way", divide(s["jax way decode"], s[compiled]), 10)
     table.add(f"prefill {PREFILL} bf16: speed over the JAX way", divide(s["jax way prefill"], ours), 4)
-    table.add(
-        "from_pretrained: time over reading with safetensors", divide(load["seconds"], load["baseline"]), 1.3, True
-    )
-    layer = load["weights"] / SIZES["num_hidden_layers"]
-    table.add(
-        "from_pretrained: peak memory over the weights", [p / load["weights"] for p in load["peaks"]], 1.05, True
-    )
-    table.add(
-        "fused folder: anonymous memory over the weights", [p / fused["weights"] for p in fused["peaks"]], 0.02, True
-    )
+    loaded, read, fused = loads["bf16 from_pretrained"], loads["bf16 safetensors"], loads["fused from_pretrained"]
+    weights = loaded[0]["weights"]
+    pairs = divide([run["seconds"] for run in loaded], [run["seconds"] for run in read])
+    table.add("from_pretrained: time over reading with safetensors", pairs, 1.3, True)
+    table.add("from_pretrained: peak memory over the weights", [run["peak"] / weights for run in loaded], 1.05, True)
+    table.add("fused folder: anonymous memory over the weights", [run["peak"] / weights for run in fused], 0.02, True)
     table.add("import modeling_grok1: seconds added", imports, 0.2, True)
 
     rates = [("contestant", "decode, ms a token", f"prefill of {PREFILL}, tokens/s"), ("---", "--:", "--:")]
@@ -470,7 +480,7 @@ def report(seconds: dict[str, list[float]], load: dict, fused: dict, imports: li
         f"Reading: {1e-9 / statistics.median(s['bandwidth']):.1f} GB/s, so the limits of decoding are",
         f"{' and '.join(limits)}. bfloat16 products: {1e-12 / statistics.median(s['matrix rate']):.2f} TFLOP/s;",
         f"the prompt of {PREFILL} runs at {share:.0f} % of it.",
-        f"A layer is {layer / 1e6:.0f} MB of {load['weights'] / 1e9:.2f} GB.",
+        f"A layer is {weights / SIZES['num_hidden_layers'] / 1e6:.0f} MB of {weights / 1e9:.2f} GB.",
     ]
     lines = [f"| {' | '.join(row)} |" for row in rates]
     return "\n\n".join([table.markdown(), "\n".join(lines), " ".join(sentences)])
@@ -509,14 +519,14 @@ def main() -> None:
         help="an environment with llama-cpp-python, and llama.cpp's converter; by default those of `make interop`",
     )
     parser.add_argument("--out", type=Path, help="where to keep the tables")
-    parser.add_argument("--loading", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--racer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if arguments.loading:
-        loading(arguments.loading, arguments.rounds)
+    if arguments.load:
+        load(arguments.load[0], Path(arguments.load[1]), Path(arguments.load[2]))
         return
     if arguments.racer:
         answer(arguments.racer[0], Path(arguments.racer[1]))
@@ -524,20 +534,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as name:
         paths = build(Path(name), arguments)
         gc.collect()
-        load, fused = (
-            json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, "--loading", str(paths[kind]), "--rounds", str(arguments.rounds)],
-                    check=True,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                ).stdout.splitlines()[-1]
-            )
-            for kind in ("bf16", "fused")
-        )
+        loads = loading(paths, arguments.rounds)
         imports = import_seconds(arguments.rounds)
         seconds = race(paths, arguments)
-    text = f"{machine(arguments.threads)}; {arguments.rounds} rounds.\n\n{report(seconds, load, fused, imports)}\n"
+    text = f"{machine(arguments.threads)}; {arguments.rounds} rounds.\n\n{report(seconds, loads, imports)}\n"
     print(text)
     if arguments.out:
         before, _, _ = arguments.out.read_text().partition("<!-- measured -->")

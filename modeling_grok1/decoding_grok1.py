@@ -30,19 +30,25 @@ def projected(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     if hooked or type(linear).forward is not nn.Linear.forward or linear.bias is not None or not one_row(x):
         return linear(x)
-    only = torch.zeros(1, dtype=torch.long)
-    return row_matmul(x.reshape(1, -1), linear.weight[None], only).view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():
+        only = torch.zeros(1, dtype=torch.long)
+        return reduced_matmul(x.reshape(1, -1), linear.weight[None], only).view(*x.shape[:-1], -1)
+    return row_linear(x, linear.weight)
 
 
 def row_matmul(x: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """Each row of x (S K) times the transpose of the matrix of its expert (weight: E N K; experts: S) -> S N."""
     if torch.compiler.is_compiling():
         return reduced_matmul(x, weight, experts)
-    rows = zip(x.split(1), experts.tolist(), strict=True)
+    return torch.cat([row_linear(row, weight[e]) for row, e in zip(x.split(1), experts.tolist(), strict=True)])
+
+
+def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`F.linear` of one row, at the memory's rate in bfloat16 too."""
     if x.dtype != torch.bfloat16:
-        return torch.cat([F.linear(row, weight[e]) for row, e in rows])
+        return F.linear(x, weight)
     with without_onednn():
-        return torch.cat([F.linear(row, weight[e]) for row, e in rows])
+        return F.linear(x, weight)
 
 
 class OneDNNSwitch:
@@ -73,10 +79,15 @@ def without_onednn() -> Iterator[None]:
                 torch.backends.mkldnn.enabled = OneDNNSwitch.before
 
 
-def reduced_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x @ y as a multiply-and-reduce, for few rows of x: ... M K by ... K N -> ... M N, summed in float32 or wider."""
+def row_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x @ y for the attention of one token, which has few rows: ... M K by ... K N -> ... M N, summed in float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return (stored(x.to(dtype)).unsqueeze(-1) * y.to(dtype).unsqueeze(-3)).sum(dim=-2).to(x.dtype)
+    if torch.compiler.is_compiling():
+        return (stored(x.to(dtype)).unsqueeze(-1) * y.to(dtype).unsqueeze(-3)).sum(dim=-2).to(x.dtype)
+    if y.numel() > 2**18:
+        return torch.matmul(x, y)
+    # In bfloat16 oneDNN would prepare a product for each length of the cache, which a short one is not worth.
+    return torch.matmul(x.to(dtype), y.to(dtype)).to(x.dtype)
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:

@@ -28,14 +28,7 @@ from .loading_grok1 import (  # isort: skip  (first: it checks the version of tr
 )
 from .configuration_grok1 import GrokConfig  # isort: skip
 from .offloading_grok1 import ExpertStore, Grok1OffloadedExperts, check_offloading  # isort: skip
-from .decoding_grok1 import (  # isort: skip
-    decoding,
-    keep_freed_memory,
-    one_row,
-    projected,
-    reduced_product,
-    row_matmul,
-)
+from .decoding_grok1 import keep_freed_memory, one_row, projected, row_matmul, row_product  # isort: skip
 
 import copy
 from collections.abc import Callable
@@ -101,9 +94,7 @@ class Grok1RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (x32 * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -207,7 +198,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula of `eager_attention_forward`, all at once -> B H T d, weights B H T S."""
     (B, H, T, d), (K, S) = query.shape, key.shape[1:3]  # noqa: N806
-    matmul = reduced_product if decoding(query.reshape(B * T, -1)) else torch.matmul
+    matmul = row_product if one_row(query.reshape(B * T, -1)) else torch.matmul
     scores = matmul(query.reshape(B, K, H // K * T, d), key.transpose(2, 3))  # B K G*T S
     # In place: the scores are the largest tensor of a long prompt, and each new one costs its pages too.
     scores = torch.tanh_(scores.float().mul_(scaling / softcap)).view(B, H, T, S)

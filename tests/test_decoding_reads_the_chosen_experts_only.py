@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.integrations.moe import ExpertsInterface
 
-from modeling_grok1.decoding_grok1 import projected, reduced_matmul, reduced_product, row_matmul, without_onednn
+from modeling_grok1.decoding_grok1 import projected, reduced_matmul, row_matmul, row_product, without_onednn
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
@@ -78,12 +78,15 @@ def test_float64_is_computed_although_the_grouped_product_lacks_it(experts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_products_of_attention_are_those_of_matmul(dtype):
+@pytest.mark.parametrize("length", [21, 6000], ids=["short", "long"])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_products_of_attention_are_those_of_matmul(compiling, length, dtype, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 3, 4, 16, generator=generator).to(dtype)
-    key = torch.randn(2, 3, 21, 16, generator=generator).to(dtype)
+    key = torch.randn(2, 3, length, 16, generator=generator).to(dtype)
     for x, y in ((query, key.transpose(2, 3)), (query @ key.transpose(2, 3), key)):
-        actual, expected = reduced_product(x, y), x.double() @ y.double()
+        actual, expected = row_product(x, y), x.double() @ y.double()
         bound = torch.finfo(dtype).eps * x.shape[-1] * (x.double().abs() @ y.double().abs())  # of any order of the sum
         assert actual.dtype == dtype
         assert ((actual - expected).abs() <= bound).all()
