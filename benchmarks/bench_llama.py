@@ -1,7 +1,7 @@
 """llama.cpp, timed from another process: `bench_speed.py` starts this in the environment of `make interop`.
 
-Reads lines `decode PROMPT STEPS` and `prefill TOKENS` from stdin and answers each with seconds: of one step (the
-median) and of one prompt.
+Reads lines `decode PROMPT STEPS` and `prefill TOKENS PROMPTS` from stdin and answers each with seconds: the median of one
+step and of one prompt.
 """
 
 import ctypes
@@ -54,9 +54,12 @@ class Session:
         self.feed(list(range(5, 5 + prompt)), 0)
         return statistics.median(self.feed([5 + 37 * i % 8000], prompt + i) for i in range(steps))
 
-    def prefill(self, tokens: int) -> float:
-        self.clear()
-        return self.feed([5 + 31 * i % 8000 for i in range(tokens)], 0)
+    def prefill(self, tokens: int, prompts: int) -> float:
+        seconds = []
+        for first in range(5, 5 + prompts):
+            self.clear()
+            seconds.append(self.feed([first + 31 * i % 8000 for i in range(tokens)], 0))
+        return statistics.median(seconds)
 
 
 def main() -> None:
