@@ -1,7 +1,7 @@
 """llama.cpp, timed from another process: `bench_speed.py` starts this in the environment of `make interop`.
 
-Reads lines `decode PROMPT STEPS` and `prefill TOKENS PROMPTS` from stdin and answers each with seconds: the median of one
-step and of one prompt.
+Reads lines `decode PROMPT STEPS` and `prefill TOKENS PROMPTS` from stdin and answers each with seconds: the median
+step and the median prompt.
 """
 
 import ctypes
