@@ -335,8 +335,9 @@ class Grok1Experts(nn.Module):
             if e == self.num_experts:  # expert parallelism marks the experts of other ranks so
                 continue
             token, slot = torch.where(experts == e)
-            rows, (gate, up) = x[token], gate_up_proj[e].chunk(2)
-            y = self.act_fn(F.linear(rows, gate)) * F.linear(rows, up)
+            rows, gate_up = x[token], gate_up_proj[e]
+            half = len(gate_up) // 2  # slices, for torchao's int8 cannot be split
+            y = self.act_fn(F.linear(rows, gate_up[:half])) * F.linear(rows, gate_up[half:])
             y = F.linear(y, down_proj[e])
             output.index_add_(0, token, (y * gates[token, slot, None]).to(output.dtype))
         return output
