@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 LATEST = .cache/latest
+LAYOUT = .cache/layout
 
 .PHONY: help demo test check test-slow test-latest bench bench-convert conformance interop clean
 help:            ## this list
@@ -16,10 +17,17 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: $(VENV)/.installed  ## install, convert the bundled checkpoint, print generated text
 	$(BIN)/grok1 demo
 
-check: $(VENV)/.installed  ## ruff and mypy
+# The installed layout as a tree of links: what mypy and import-linter look at, and PYTHONPATH for another checkout.
+.PHONY: layout
+layout:
+	rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/grok1
+	ln -s $(CURDIR)/modeling_grok1 $(LAYOUT)/modeling_grok1
+	ln -s $(CURDIR)/grok1/* $(CURDIR)/configuration $(CURDIR)/conversion $(CURDIR)/model_card $(LAYOUT)/grok1/
+
+check: $(VENV)/.installed layout  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy modeling_grok1 configuration conversion model_card
+	$(BIN)/mypy $(LAYOUT)
 
 test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small files to run those that need them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"

@@ -1,23 +1,26 @@
-"""One import name, `modeling_grok1`.
+"""Two import names: `modeling_grok1`, the model as it goes to the hub, and `grok1`, the command and its library.
 
-The tool folders lie at the top level of the repository for readers; `package_dir` maps them below `modeling_grok1`, so
-that nothing as generic as `conversion` or `configuration` lands in site-packages.
+The tool folders lie at the top level of the repository for readers; `package_dir` maps them below `grok1`, so that
+nothing as generic as `conversion` or `configuration` lands in site-packages.
 """
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 HERE = Path(__file__).parent
 
-PACKAGES = {
+FOLDERS = {
     "modeling_grok1": "modeling_grok1",
-    "modeling_grok1.cli": "modeling_grok1/cli",
-    "modeling_grok1.configuration": "configuration",
-    "modeling_grok1.conversion": "conversion",
-    "modeling_grok1.model_card": "model_card",
+    "grok1": "grok1",
+    "grok1.configuration": "configuration",
+    "grok1.conversion": "conversion",
+    "grok1.model_card": "model_card",
 }
+PACKAGES = dict(FOLDERS)
+for name, folder in FOLDERS.items():
+    PACKAGES |= {f"{name}.{sub}": f"{folder}/{sub.replace('.', '/')}" for sub in find_packages(folder)}
 
 # The tests run with the versions that constraints.txt pins. Transformers is held to one minor release: the hub files
 # rest on its loading internals and check the version themselves.
@@ -68,12 +71,12 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "modeling_grok1": ["py.typed", "demo/*", "demo/ckpt-0/*"],
-        "modeling_grok1.configuration": ["*.json", "*.tsv"],
-        "modeling_grok1.model_card": ["*.md", "LICENSE"],
+        "grok1.configuration": ["*.json", "*.tsv"],
+        "grok1.model_card": ["*.md", "LICENSE"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["grok1 = modeling_grok1.cli:main"]},
+    entry_points={"console_scripts": ["grok1 = grok1.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

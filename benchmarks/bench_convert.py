@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 
+from grok1.conversion.names import Entry, checkpoint_entries
+from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
 from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.names import Entry, checkpoint_entries
-from modeling_grok1.conversion.xai_writer import tensor_frame, write_tensor_file
 
 
 PIECE_BYTES = 64 * 2**20
 # The time of the imports is no part of it: it is the same for a conversion that takes hours.
 CONVERT = """
 import os, sys, time
-from modeling_grok1.conversion.convert import convert
+from grok1.conversion.convert import convert
 source, out, dtype, layout, jobs = sys.argv[1:]
 wall, cpu = time.perf_counter(), time.process_time()
 convert(source, out, dtype=dtype, layout=layout, jobs=int(jobs) or None, no_tokenizer=True)

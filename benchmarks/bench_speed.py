@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 
-import modeling_grok1
+import grok1
 from modeling_grok1 import Grok1Int8Config, GrokConfig
 from modeling_grok1.quantization_grok1 import Int8Experts, Int8Linear, dequantise, gated
 
@@ -316,7 +316,7 @@ for name in sys.argv[1].split(","):
     except Exception:
         pass
 begin = time.perf_counter()
-import modeling_grok1
+import grok1
 print(time.perf_counter() - begin)
 """
 NAMES = "import sys, modeling_grok1; print(','.join(n for n in sys.modules if not n.startswith('modeling_grok1')))"
@@ -377,7 +377,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     quantised.save_pretrained(paths["int8"])
     if arguments.llama:
         python, converter = arguments.llama
-        demo = Path(modeling_grok1.__file__).parent / "demo" / "tokenizer.model"
+        demo = Path(grok1.__file__).parent / "demo" / "tokenizer.model"
         (paths["bf16"] / "tokenizer.model").write_bytes(demo.read_bytes())
         for kind, label in (("bf16", "llama.cpp bf16"), ("q8_0", "llama.cpp q8_0")):
             paths[label] = folder / f"{kind}.gguf"
@@ -500,7 +500,7 @@ def machine(threads: int) -> str:
         platform.processor(),
     )
     features = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in Path("/proc/cpuinfo").read_text()]
-    versions = {"torch": torch, "transformers": transformers, "modeling_grok1": modeling_grok1}
+    versions = {"torch": torch, "transformers": transformers, "grok1": grok1}
     numbers = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
     return (
         f"{model}, {threads} threads, {' '.join(features) or platform.machine()}; "

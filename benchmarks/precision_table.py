@@ -22,12 +22,12 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-import modeling_grok1
-from modeling_grok1.cli.evaluate import load, score, stored_bytes, windows
-from modeling_grok1.conversion.convert import convert
+import grok1
+from grok1.analysis.evaluate import load, score, stored_bytes, windows
+from grok1.conversion.convert import convert
 
 
-DEMO = Path(modeling_grok1.__file__).parent / "demo"
+DEMO = Path(grok1.__file__).parent / "demo"
 CONTEXT = 512
 
 # Label: how the demo is converted, the compute dtype, and what quantises it while loading.

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.convert import (
+from grok1.conversion.convert import (
     TOKENIZER_NAME,
     Plan,
     Progress,
@@ -31,10 +30,11 @@ from modeling_grok1.conversion.convert import (
     write_companions,
     written_config,
 )
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
-from modeling_grok1.conversion.names import HEAD_NAME, hub_tensors
-from modeling_grok1.conversion.shards import Shard, parse_size, plan_shards
+from grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
+from grok1.conversion.names import HEAD_NAME, hub_tensors
+from grok1.conversion.shards import Shard, parse_size, plan_shards
+from grok1.errors import ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.loading_grok1 import ALIASES
 
 

@@ -29,10 +29,8 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
-from modeling_grok1.conversion.names import (
+from grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
+from grok1.conversion.names import (
     DTYPES,
     LAYOUTS,
     GrokSizes,
@@ -40,17 +38,19 @@ from modeling_grok1.conversion.names import (
     checkpoint_entries,
     hub_tensors,
 )
-from modeling_grok1.conversion.shards import INDEX_NAME, Shard, index_text, parse_size, plan_shards
-from modeling_grok1.conversion.streaming import BlockStream, available_cores
-from modeling_grok1.conversion.tokenizer import check_supported, convert_tokenizer, read_sentencepiece
-from modeling_grok1.conversion.xai_checkpoint import (
+from grok1.conversion.shards import INDEX_NAME, Shard, index_text, parse_size, plan_shards
+from grok1.conversion.streaming import BlockStream, available_cores
+from grok1.conversion.tokenizer import check_supported, convert_tokenizer, read_sentencepiece
+from grok1.conversion.xai.checkpoint import (
     TensorFile,
     examine_folder,
     list_files,
     read_tensor_file,
     resolve_folder,
 )
-from modeling_grok1.model_card.card import write_card
+from grok1.errors import CheckpointError, ConversionError
+from grok1.model_card.card import write_card
+from modeling_grok1.configuration_grok1 import GrokConfig
 
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -217,8 +217,8 @@ def convert(
         ConversionError: anything else that was refused, with all problems; or the run could not be finished, in which
             case finished shards stay and the same call continues.
     """
-    from modeling_grok1.conversion.from_hub import SCHEME, plan_hub
-    from modeling_grok1.conversion.to_hub import HubSink
+    from grok1.conversion.from_hub import SCHEME, plan_hub
+    from grok1.conversion.to_hub import HubSink
 
     if discard_output and not push_to:
         raise ConversionError("discard_output: expected a repository to push to, found none", next_step="See push_to.")
@@ -618,7 +618,7 @@ def companion_files(folder: Path, plan: Plan) -> list[str]:
     for file in resources.files("modeling_grok1").iterdir():
         if file.name.endswith("_grok1.py"):
             (folder / file.name).write_bytes(file.read_bytes())
-    license_text = resources.files("modeling_grok1.model_card").joinpath("LICENSE")
+    license_text = resources.files("grok1.model_card").joinpath("LICENSE")
     (folder / "LICENSE").write_bytes(license_text.read_bytes())
     if plan.tokenizer is not None:
         convert_tokenizer(plan.tokenizer, folder, plan.config.vocab_size)

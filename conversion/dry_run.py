@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.convert import (
+from grok1.conversion.convert import (
     Plan,
     free_bytes,
     plan_folder,
@@ -21,13 +20,14 @@ from modeling_grok1.conversion.convert import (
     write_at,
     written_config,
 )
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.layout import SLAB_BYTES
-from modeling_grok1.conversion.names import BLOCK_KINDS, checkpoint_entries, hub_tensors
-from modeling_grok1.conversion.shards import make_shard, parse_size, plan_shards
-from modeling_grok1.conversion.streaming import BYTES_PER_ELEMENT, LIVE_SLABS, BlockStream, available_cores
-from modeling_grok1.conversion.xai_checkpoint import read_tensor_file
-from modeling_grok1.conversion.xai_writer import tensor_frame, write_tensor_file
+from grok1.conversion.layout import SLAB_BYTES
+from grok1.conversion.names import BLOCK_KINDS, checkpoint_entries, hub_tensors
+from grok1.conversion.shards import make_shard, parse_size, plan_shards
+from grok1.conversion.streaming import BYTES_PER_ELEMENT, LIVE_SLABS, BlockStream, available_cores
+from grok1.conversion.xai.checkpoint import read_tensor_file
+from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
+from grok1.errors import ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
 
 
 # Anonymous memory of Python with torch and Transformers imported.

@@ -19,12 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.convert import resolve_config
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.hub_folder import read_hub_folder
-from modeling_grok1.conversion.layout import as_tensor, transpose
-from modeling_grok1.conversion.names import (
+from grok1.conversion.convert import resolve_config
+from grok1.conversion.hub_folder import read_hub_folder
+from grok1.conversion.layout import as_tensor, transpose
+from grok1.conversion.names import (
     HEAD_NAME,
     ITEMSIZE,
     LAYOUTS,
@@ -35,9 +33,11 @@ from modeling_grok1.conversion.names import (
     hub_tensors,
     parts_by_entry,
 )
-from modeling_grok1.conversion.streaming import available_cores
-from modeling_grok1.conversion.xai_checkpoint import RawArray, count_nonfinite
-from modeling_grok1.conversion.xai_writer import TensorFrame, tensor_frame, write_tensor_file
+from grok1.conversion.streaming import available_cores
+from grok1.conversion.xai.checkpoint import RawArray, count_nonfinite
+from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
+from grok1.errors import ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.quantization_grok1 import dequantise, quantise
 
 

@@ -23,8 +23,7 @@ import httpx2
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.convert import (
+from grok1.conversion.convert import (
     TOKENIZER_NAME,
     Plan,
     Sink,
@@ -35,11 +34,12 @@ from modeling_grok1.conversion.convert import (
     source_files,
     space_problems,
 )
-from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.names import Entry, checkpoint_entries
-from modeling_grok1.conversion.shards import parse_size
-from modeling_grok1.conversion.xai_checkpoint import TENSOR_FILE, TensorFile, mismatches, read_tensor_file
-from modeling_grok1.conversion.xai_writer import tensor_frame
+from grok1.conversion.names import Entry, checkpoint_entries
+from grok1.conversion.shards import parse_size
+from grok1.conversion.xai.checkpoint import TENSOR_FILE, TensorFile, mismatches, read_tensor_file
+from grok1.conversion.xai.writer import tensor_frame
+from grok1.errors import CheckpointError, ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
 
 
 SCHEME = "hf://"

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.names import ITEMSIZE
-from modeling_grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE
-from modeling_grok1.conversion.xai_checkpoint import RawArray, link_out_of
+from grok1.conversion.names import ITEMSIZE
+from grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE
+from grok1.conversion.xai.checkpoint import RawArray, link_out_of
+from grok1.errors import ConversionError
 
 
 SINGLE_NAME = "model.safetensors"

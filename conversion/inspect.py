@@ -10,10 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from modeling_grok1.conversion.errors import CheckpointError
-from modeling_grok1.conversion.names import BLOCK_KINDS, TOP_KINDS, Kind, checkpoint_entries
-from modeling_grok1.conversion.release import ReleaseFile, release_files
-from modeling_grok1.conversion.xai_checkpoint import (
+from grok1.conversion.names import BLOCK_KINDS, TOP_KINDS, Kind, checkpoint_entries
+from grok1.conversion.release import ReleaseFile, release_files
+from grok1.conversion.xai.checkpoint import (
     TENSOR_FILE,
     TensorFile,
     foreign_entries,
@@ -23,6 +22,7 @@ from modeling_grok1.conversion.xai_checkpoint import (
     resolve_folder,
     surplus_files,
 )
+from grok1.errors import CheckpointError
 
 
 @dataclass

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modeling_grok1.conversion.errors import ConversionError
+from grok1.errors import ConversionError
 
 
 JOURNAL_NAME = ".grok1-conversion.json"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from modeling_grok1.conversion.errors import CheckpointError
-from modeling_grok1.conversion.names import ITEMSIZE, Part
-from modeling_grok1.conversion.xai_checkpoint import NUMPY_DTYPE, RawArray, TensorFile
+from grok1.conversion.names import ITEMSIZE, Part
+from grok1.conversion.xai.checkpoint import NUMPY_DTYPE, RawArray, TensorFile
+from grok1.errors import CheckpointError
 
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

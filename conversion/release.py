@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from types import SimpleNamespace
 
-from modeling_grok1.conversion.names import Entry, GrokSizes, checkpoint_entries
+from grok1.conversion.names import Entry, GrokSizes, checkpoint_entries
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class ReleaseFile:
 @cache
 def release_sizes() -> GrokSizes:
     """The sizes of the released model."""
-    preset = resources.files("modeling_grok1.configuration").joinpath("grok-1.json").read_text(encoding="utf-8")
+    preset = resources.files("grok1.configuration").joinpath("grok-1.json").read_text(encoding="utf-8")
     return SimpleNamespace(**json.loads(preset))
 
 
 @cache
 def release_files() -> tuple[ReleaseFile, ...]:
     """All 770 files of the release in the order of their index: 318,239,886,140 bytes."""
-    table = resources.files("modeling_grok1.configuration").joinpath("release.tsv").read_text(encoding="utf-8")
+    table = resources.files("grok1.configuration").joinpath("release.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in table.splitlines()[1:]]
     entries = checkpoint_entries(release_sizes())
     assert [int(index) for index, _, _ in rows] == [entry.index for entry in entries]

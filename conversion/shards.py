@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from modeling_grok1.conversion.names import HEAD_NAME, HubTensor
+from grok1.conversion.names import HEAD_NAME, HubTensor
 
 
 # The library's names, in its order inside a file.

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from modeling_grok1.conversion.layout import (
+from grok1.conversion.layout import (
     BLOCK_ELEMENTS,
     SLAB_BYTES,
     Scratch,
@@ -24,9 +24,9 @@ from modeling_grok1.conversion.layout import (
     read_slab,
     slab_ranges,
 )
-from modeling_grok1.conversion.names import ITEMSIZE, HubTensor
-from modeling_grok1.conversion.shards import Shard
-from modeling_grok1.conversion.xai_checkpoint import TensorFile
+from grok1.conversion.names import ITEMSIZE, HubTensor
+from grok1.conversion.shards import Shard
+from grok1.conversion.xai.checkpoint import TensorFile
 
 
 # Slabs in memory at once: one is worked on while the next one is read.

@@ -15,11 +15,11 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError
 
-from modeling_grok1.conversion.convert import Sink
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.from_hub import HASH_BLOCK, checksum_problem
-from modeling_grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX
-from modeling_grok1.conversion.shards import INDEX_NAME, Shard
+from grok1.conversion.convert import Sink
+from grok1.conversion.from_hub import HASH_BLOCK, checksum_problem
+from grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX
+from grok1.conversion.shards import INDEX_NAME, Shard
+from grok1.errors import ConversionError
 
 
 PUSHED_NAME = f".pushed{PARTIAL_SUFFIX}"  # inside the output folder: what was uploaded, for the next run

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_grok1.conversion.errors import ConversionError
+from grok1.errors import ConversionError
 
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.conversion.convert import (
+from grok1.conversion.convert import (
     TOKENIZER_NAME,
     FolderSource,
     Plan,
@@ -25,12 +24,13 @@ from modeling_grok1.conversion.convert import (
     source_files,
     written_config,
 )
-from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.journal import JOURNAL_NAME
-from modeling_grok1.conversion.names import DTYPES, ITEMSIZE, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
-from modeling_grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE, Shard, make_shard
-from modeling_grok1.conversion.streaming import BlockStream, available_cores
-from modeling_grok1.conversion.xai_checkpoint import examine_folder, resolve_folder
+from grok1.conversion.journal import JOURNAL_NAME
+from grok1.conversion.names import DTYPES, ITEMSIZE, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
+from grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE, Shard, make_shard
+from grok1.conversion.streaming import BlockStream, available_cores
+from grok1.conversion.xai.checkpoint import examine_folder, resolve_folder
+from grok1.errors import CheckpointError, ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
 
 
 TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json")

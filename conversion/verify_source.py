@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modeling_grok1.conversion.errors import CheckpointError, ConversionError
-from modeling_grok1.conversion.release import ReleaseFile, release_files
-from modeling_grok1.conversion.xai_checkpoint import foreign_entries, list_files, resolve_folder, surplus_files
+from grok1.conversion.release import ReleaseFile, release_files
+from grok1.conversion.xai.checkpoint import foreign_entries, list_files, resolve_folder, surplus_files
+from grok1.errors import CheckpointError, ConversionError
 
 
 STATE_NAME = ".grok1-verify.json"

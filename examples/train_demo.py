@@ -3,7 +3,7 @@
     python examples/train_demo.py --text tinyshakespeare.txt --out out/demo
 
 The text is the usual 1.1 MB of Shakespeare (any plain text that contains the passages will do). OUT/demo receives what
-lies in modeling_grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and
+lies in grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and
 training.json; OUT/hf keeps the float32 model as trained. The checkpoint is converted back, and the run fails unless it
 recites every passage in float32 and in bfloat16 and uses all of its experts. About twenty minutes on one core.
 """
@@ -26,13 +26,13 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from grok1.conversion.convert import convert
+from grok1.conversion.export_xai import export_xai
+from grok1.conversion.tokenizer import convert_tokenizer
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.conversion.convert import convert
-from modeling_grok1.conversion.export_xai import export_xai
-from modeling_grok1.conversion.tokenizer import convert_tokenizer
 
 
-DEMO = Path(__file__).resolve().parent.parent / "modeling_grok1" / "demo"
+DEMO = Path(__file__).resolve().parent.parent / "grok1" / "demo"
 PRESET = Path(__file__).resolve().parent.parent / "configuration" / "demo.json"
 
 # The user-defined pieces of xAI's own tokenizer, in its order.

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.hub_folder import read_hub_folder
-from modeling_grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
-from modeling_grok1.conversion.release import release_files, release_sizes
+from grok1.conversion.hub_folder import read_hub_folder
+from grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
+from grok1.conversion.release import release_files, release_sizes
+from grok1.errors import ConversionError
 
 
 CARD_NAME = "README.md"
@@ -213,7 +213,7 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
         base_model="xai-org/grok-1" if facts.is_release else None,
         tags=["grok-1", "mixture-of-experts", "moe", "base-model", *(["int8"] if facts.precision == "int8" else [])],
     )
-    template = resources.files("modeling_grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
+    template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
         data,
         template_str=template,

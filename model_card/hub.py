@@ -15,9 +15,9 @@ from threading import Lock
 
 import numpy as np
 
-from modeling_grok1.conversion.errors import ConversionError
-from modeling_grok1.conversion.hub_folder import read_hub_folder
-from modeling_grok1.conversion.xai_checkpoint import RawArray
+from grok1.conversion.hub_folder import read_hub_folder
+from grok1.conversion.xai.checkpoint import RawArray
+from grok1.errors import ConversionError
 
 
 # huggingface_hub keeps its upload and download notes here; it never sends them.

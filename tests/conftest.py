@@ -1,7 +1,6 @@
-"""Lets pytest run in an untouched checkout, and hands out the data that tests need."""
+"""The data that tests need."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,16 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modeling_grok1 import GrokConfig
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import modeling_grok1  # noqa: E402
-from modeling_grok1 import GrokConfig  # noqa: E402
-
-
-if str(ROOT) not in modeling_grok1.__path__:
-    modeling_grok1.__path__.append(str(ROOT))
 
 # Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them.
 collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")]
@@ -88,7 +81,7 @@ def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     @cache
     def folder(name: str, dtype: str) -> Path:
-        from modeling_grok1.conversion.convert import convert
+        from grok1.conversion.convert import convert
 
         out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
         convert(golden / name, out, dtype=dtype, no_tokenizer=True)
@@ -137,7 +130,7 @@ def aliased(
 
     @cache
     def folder(name: str, dtype: str, layout: str) -> Path:
-        from modeling_grok1.conversion.names import hub_tensors
+        from grok1.conversion.names import hub_tensors
 
         source = converted(name, dtype)
         config = GrokConfig.from_pretrained(source)

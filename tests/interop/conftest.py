@@ -9,11 +9,11 @@ import pytest
 import torch
 from runtime import Runtime, run_converter
 
+from grok1.conversion.convert import convert
 from modeling_grok1 import Grok1ForCausalLM
-from modeling_grok1.conversion.convert import convert
 
 
-DEMO = Path(__file__).resolve().parents[2] / "modeling_grok1" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "grok1" / "demo"
 MEASURED = pytest.StashKey[list[str]]()
 
 

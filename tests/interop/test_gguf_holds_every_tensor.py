@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf_names import gguf_place, read_gguf
 from runtime import Runtime, run_converter
 
-from modeling_grok1.conversion.adopt import adopt
+from grok1.conversion.adopt import adopt
 
 
 def compare(folder, file, read_tensors, differs) -> int:

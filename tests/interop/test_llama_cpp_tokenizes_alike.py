@@ -11,11 +11,11 @@ from runtime import run_converter
 from test_tokenizer_equals_sentencepiece import hard_strings
 from transformers import AutoTokenizer
 
+from grok1.conversion.tokenizer import USER_DEFINED, convert_tokenizer, read_sentencepiece
 from modeling_grok1 import GrokConfig
-from modeling_grok1.conversion.tokenizer import USER_DEFINED, convert_tokenizer, read_sentencepiece
 
 
-DEMO = Path(__file__).resolve().parents[2] / "modeling_grok1" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "grok1" / "demo"
 # User-defined, and not reachable by merging two other pieces as the 43 others are.
 MARKER = re.compile(r"<\|(?:separator|mask|control(?:1?[0-9]|20))\|>")
 

@@ -1,0 +1,1 @@
+"""The format of xAI's release: pickles of numpy arrays, read without executing anything, and written."""

@@ -1,0 +1,6 @@
+"""Tools around Grok-1 for Transformers: the `grok1` command and the library behind it.
+
+Importing this package loads neither torch nor Transformers. The model itself is the package `modeling_grok1`.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,31 @@
+"""`grok1 card`: the README.md of a converted folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="A converted folder.", exists=True, file_okay=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON; write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
+) -> None:
+    """Write the model card (README.md) of a converted folder from what its files say."""
+    from grok1.errors import ConversionError
+    from grok1.model_card.card import CARD_NAME, card_facts, is_card, write_card
+
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(card_facts(folder)), indent=2))
+        return
+    existing = folder / CARD_NAME
+    if existing.exists() and not force and not is_card(existing):
+        raise ConversionError(
+            f"{existing} was not written by this command.", next_step="`grok1 card --force` replaces it."
+        )
+    facts = card_facts(folder)
+    typer.echo(f"{write_card(folder)}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")

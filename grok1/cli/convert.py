@@ -1,0 +1,118 @@
+"""`grok1 convert`: xAI's checkpoint to a folder for the hub."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from grok1.conversion.dry_run import Forecast
+
+
+def convert_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT", help="Folder with tensor00000_000 ... (or the one above ckpt-0/), or hf://OWNER/NAME."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Where to write: an empty folder, or none yet.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or int8 (xAI's own values and scales).")] = "bfloat16",
+    layout: Annotated[
+        str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai or keyfan.")
+    ] = "hub",
+    config: Annotated[
+        Path | None, typer.Option(help="config.json; by default the one beside CKPT, or the release's.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; by default the one beside CKPT.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Go on without a tokenizer.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
+    discard_source: Annotated[
+        bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
+    ] = False,
+    scratch: Annotated[str, typer.Option(help="With --discard-source: disk for fetched files.")] = "16GB",
+    push_to: Annotated[
+        str | None, typer.Option(help="Upload each shard to this repository (USER/NAME) when it is finished.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to: make the repository private.")] = False,
+    discard_output: Annotated[
+        bool, typer.Option("--discard-output", help="With --push-to: delete each shard here when it is uploaded.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shards, disk, memory and time; works without the files too.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(help="Worker threads; by default one a core.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to continue after a break."""
+    from rich.console import Console
+
+    from grok1.cli.progress import byte_progress
+    from grok1.conversion.convert import convert
+    from grok1.conversion.dry_run import forecast
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "layout": layout,
+        "config": config,
+        "tokenizer": tokenizer,
+        "no_tokenizer": no_tokenizer,
+        "max_shard_size": max_shard_size,
+        "jobs": jobs,
+    }
+    if dry_run:
+        found = forecast(source, out, **settings)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=2))
+        else:
+            show_forecast(found, console)
+        return
+
+    begin = time.perf_counter()
+    settings |= {"discard_source": discard_source, "scratch": scratch}
+    settings |= {"push_to": push_to, "private": private, "discard_output": discard_output}
+    try:
+        with byte_progress("Converting") as progress:
+            plan = convert(source, out, **settings, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"finished shards are kept in {out}: run the same command again to continue") from None
+    seconds = time.perf_counter() - begin
+    if as_json:
+        result = {"out": str(out), "shards": len(plan.shards), "bytes": plan.nbytes, "seconds": round(seconds, 1)}
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        console.print(f"{out}: {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes, {duration(seconds)}")
+
+
+def show_forecast(found: Forecast, console: Console) -> None:
+    """Prints what a conversion would come to."""
+    for name, nbytes in found.shards.items():
+        console.print(f"{name}  {nbytes:>16,} bytes")
+    console.print(f"from       {found.source}")
+    console.print(f"output     {len(found.shards)} shards, {found.nbytes:,} bytes")
+    short = "" if found.free_bytes >= found.needed_bytes else f": {found.needed_bytes - found.free_bytes:,} too few"
+    console.print(f"disk       {found.needed_bytes:,} bytes needed, {found.free_bytes:,} free{short}")
+    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, and whatever the page cache likes")
+    if found.bytes_per_second is None or found.seconds is None:
+        console.print("time       unknown: nothing can be written there")
+    else:
+        rate = found.bytes_per_second / 1e6
+        console.print(
+            f"time       about {duration(found.seconds)}, at {rate:,.0f} MB of output a second measured here"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

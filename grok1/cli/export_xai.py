@@ -1,0 +1,42 @@
+"""`grok1 export-xai`: a converted folder back to xAI's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export_xai_command(
+    folder: Annotated[Path, typer.Argument(help="A converted folder, in any layout.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Argument(help="Where to write ckpt-0/: an empty folder, or none yet.")],
+    scale_blocks: Annotated[
+        int,
+        typer.Option(help="Row blocks with scales of their own (the release: 8). Int8 folders keep theirs.", min=1),
+    ] = 8,
+) -> None:
+    """Write a converted folder in xAI's format: int8 and float32 byte for byte, the rest quantised again (lossy)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from grok1.cli.progress import byte_progress
+    from grok1.conversion.export_xai import export_xai
+
+    with byte_progress("Exporting") as progress:
+        report = export_xai(folder, out, scale_blocks=scale_blocks, progress=progress)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{report.folder}: {report.files} files, {report.nbytes:,} bytes")
+    console.print(f"{report.exact} files hold exactly what was stored, as xAI would write it")
+    if report.widened:
+        names = ", ".join(report.widened)
+        console.print(f"stored in bfloat16 and float32 again, without the bits that were lost then: {names}")
+    if report.losses:
+        console.print(
+            f"{sum(loss.files for loss in report.losses.values())} files were quantised again, which is lossy:"
+        )
+        table = Table("kind", "files", "mean error", "largest error", "in steps", box=None, pad_edge=False)
+        for kind, loss in report.losses.items():
+            row = (f"{loss.mean:.3g}", f"{loss.largest:.3g}", f"{loss.largest_in_steps:.3f}")
+            table.add_row(kind, str(loss.files), *row)
+        console.print(table)

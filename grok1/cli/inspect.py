@@ -1,0 +1,54 @@
+"""`grok1 inspect`: what lies in a folder of xAI's checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect_command(
+    source: Annotated[
+        Path, typer.Argument(help="The checkpoint: the folder with its files, or the one above.", exists=True)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look at a checkpoint, whole or half downloaded: kinds, counts, shapes, what is missing or damaged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from grok1.conversion.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(source)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        raise typer.Exit(0 if found.is_whole else 1)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    table = Table("kind", "files", "bytes", "shape", box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for kind in found.kinds:
+        shapes = "; ".join(kind.shapes) or "-"
+        table.add_row(kind.kind, f"{kind.readable} of {kind.expected}", f"{kind.nbytes:,}", shapes)
+    console.print(table)
+    what = "the released checkpoint" if found.is_release else "not the release"
+    console.print(f"{found.folder}: {what}, {found.layers} layers")
+    console.print(f"{found.readable} of {found.expected} files are sound, {found.nbytes:,} bytes")
+    for line in found.problems:
+        console.print(f"  - {line}")
+    if found.missing:
+        console.print(f"{len(found.missing)} files are missing: {_ranges(found.missing)}")
+    if not found.is_whole:
+        raise typer.Exit(1)
+
+
+def _ranges(names: list[str]) -> str:
+    """tensor00003_000 to tensor00009_000, tensor00012_000"""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and int(name[6:11]) == int(runs[-1][-1][6:11]) + 1:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)

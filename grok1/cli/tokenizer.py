@@ -1,0 +1,24 @@
+"""`grok1 tokenizer`: the tokenizer files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def tokenizer_command(
+    tokenizer_model: Annotated[
+        Path, typer.Argument(metavar="TOKENIZER.MODEL", help="xAI's tokenizer.model.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write to; made where it does not exist.", file_okay=False)],
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
+    ] = None,
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json, id for id as SentencePiece, beside a copy of the model."""
+    from grok1.conversion.tokenizer import convert_tokenizer
+
+    convert_tokenizer(tokenizer_model, out, vocab_size)
+    typer.echo(f"{out}: tokenizer.model, tokenizer.json, tokenizer_config.json")

@@ -1,0 +1,86 @@
+"""`grok1 verify`: the source against what xAI published, or a converted folder against its source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify_command(
+    folder: Annotated[
+        Path, typer.Argument(help="xAI's checkpoint, or with --against a converted folder.", exists=True)
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="The checkpoint that FOLDER was converted from.", exists=True)
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Files at once; by default one a core.", min=1)] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where to remember checked files; by default a hidden file in FOLDER.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --against: the config that the conversion was given.", exists=True)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="With --against: the tokenizer that the conversion was given.", exists=True)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Check the released files by size and SHA-256, or a converted folder bit by bit against its source."""
+    if against is None:
+        if config is not None or tokenizer is not None:
+            raise typer.BadParameter("--config and --tokenizer go with --against.")
+        _verify_source(folder, jobs, state, as_json)
+    else:
+        if state is not None:
+            raise typer.BadParameter("--state goes with the released files, not with --against.")
+        _verify_output(folder, against, config, tokenizer, jobs, as_json)
+
+
+def _verify_source(folder: Path, jobs: int | None, state: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from grok1.cli.progress import byte_progress
+    from grok1.conversion.verify_source import verify_source
+
+    with byte_progress("Checking SHA-256") as progress:
+        found = verify_source(folder, jobs=jobs, state=state, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        raise typer.Exit(0 if found.is_whole else 1)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for line in found.problems:
+        console.print(f"  - {line}")
+    for name in found.missing:
+        console.print(f"  - {name}: missing")
+    again = f" ({found.remembered} remembered from {found.state})" if found.remembered else ""
+    console.print(f"{found.folder}: {found.right} files are as published, {found.nbytes:,} bytes{again}")
+    if not found.is_whole:
+        console.print(
+            f"{len(found.problems)} are not, {len(found.missing)} are missing: fetch these again.", style="red"
+        )
+        raise typer.Exit(1)
+
+
+def _verify_output(
+    folder: Path, against: Path, config: Path | None, tokenizer: Path | None, jobs: int | None, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from grok1.cli.progress import byte_progress
+    from grok1.conversion.verify_output import verify_output
+
+    with byte_progress("Re-deriving every tensor") as progress:
+        problems = verify_output(folder, against, config=config, tokenizer=tokenizer, jobs=jobs, progress=progress)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "against": str(against), "problems": problems}, indent=2))
+        raise typer.Exit(1 if problems else 0)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for line in problems:
+        console.print(f"  - {line}")
+    if problems:
+        console.print(f"{folder}: {len(problems)} problems", style="red")
+        raise typer.Exit(1)
+    console.print(f"{folder}: every tensor is what {against} gives, bit for bit")

@@ -1,0 +1,1 @@
+"""Memory and hardware: what a model needs, and where it fits."""

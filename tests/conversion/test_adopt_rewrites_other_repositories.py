@@ -1,0 +1,145 @@
+"""`grok1 adopt`, and loading hpcai-tech's and keyfan's folders as they are."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grok1.conversion.adopt import adopt
+from grok1.conversion.convert import convert
+from grok1.errors import ConversionError
+from modeling_grok1 import Grok1ForCausalLM
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def foreign_config(folder: Path, **changes) -> None:
+    """What such a repository's config.json looks like: no model type, its own spellings, its own code."""
+    path = folder / "config.json"
+    ours = json.loads(path.read_text())
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keep += (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "attn_output_multiplier",
+        "max_attn_value",
+        "num_experts",
+    )
+    keep += (
+        "num_experts_per_tok",
+        "embedding_multiplier_scale",
+        "output_multiplier_scale",
+        "rms_norm_eps",
+        "head_dim",
+    )
+    theirs = {key: ours[key] for key in keep} | {"architectures": ["Grok1ModelForCausalLM"], "torch_dtype": "bfloat16"}
+    path.write_text(json.dumps(theirs | changes))
+
+
+@pytest.fixture(scope="module")
+def folders(golden, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    for layout in ("hub", "hpcai", "keyfan"):
+        convert(golden / "tiny-8", root / layout, layout=layout, no_tokenizer=True, max_shard_size="300KB")
+    foreign_config(root / "hpcai")
+    foreign_config(root / "keyfan", hidden_act="gelu", rope_theta=1e5)
+    return {layout: root / layout for layout in ("hub", "hpcai", "keyfan")}
+
+
+@pytest.mark.parametrize("layout", ["hpcai", "keyfan"])
+def test_the_result_is_the_hub_conversion_byte_for_byte(folders, layout, tmp_path):
+    adopt(folders[layout], tmp_path / "out", max_shard_size="300KB")
+    assert shards(tmp_path / "out") == shards(folders["hub"])
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_text() == (folders["hub"] / index).read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (folders["hub"] / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("layout", ["hpcai", "keyfan"])
+def test_such_a_folder_loads_as_it_is(folders, layout):
+    ids = torch.arange(3, 19)[None]
+    model, info = Grok1ForCausalLM.from_pretrained(folders[layout], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (model.config.hidden_act, model.config.rope_parameters["rope_theta"]) == ("gelu_pytorch_tanh", 10000.0)
+    with torch.no_grad():
+        expected = Grok1ForCausalLM.from_pretrained(folders["hub"])(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_what_keyfan_states_wrongly_is_said(folders, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_grok1.configuration_grok1.logger.warning", said.append)
+    Grok1ForCausalLM.config_class.from_pretrained(folders["keyfan"])
+    assert [message.split(";")[0] for message in said] == [
+        "`hidden_act`: the file says 'gelu'",
+        "`rope_theta`: the file says 100000.0",
+    ]
+
+
+def test_bin_shards_are_read_without_running_code(folders, tmp_path):
+    source = tmp_path / "bin"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    for path in folders["hpcai"].glob("*.safetensors"):
+        torch.save(load_file(path), source / f"{path.stem}.bin")
+    adopt(source, tmp_path / "out", max_shard_size="300KB")
+    assert shards(tmp_path / "out") == shards(folders["hub"])
+
+
+def test_a_bin_shard_with_code_is_refused(folders, tmp_path):
+    marker = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    source = tmp_path / "bin"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    torch.save({"model.norm.scale": Attack()}, source / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"pytorch_model.bin: expected a file of tensors"):
+        adopt(source, tmp_path / "out")
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_everything_that_is_wrong_is_listed_at_once(folders, tmp_path):
+    source = tmp_path / "broken"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    tensors = {}
+    for path in folders["hpcai"].glob("*.safetensors"):
+        tensors |= load_file(path)
+    del tensors["model.layers.3.moe_block.experts.2.linear_v.weight"]
+    tensors["model.layers.4.attn.q_proj.weight"] = torch.zeros(3, 5, dtype=torch.bfloat16)
+    tensors["model.layers.4.attn.q_proj.bias"] = torch.zeros(5, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ConversionError) as refused:
+        adopt(source, tmp_path / "out")
+    assert [problem.split(":")[0] for problem in refused.value.problems] == [
+        "model.layers.3.block_sparse_moe.experts.2.w3.weight",
+        "model.layers.4.self_attn.q_proj.weight",
+        "model.layers.4.attn.q_proj.bias",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_is_continued(folders, tmp_path, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        adopt(folders["hpcai"], tmp_path / "out", max_shard_size="300KB", progress=stop)
+    assert not (tmp_path / "out" / "config.json").exists()
+    adopt(folders["hpcai"], tmp_path / "out", max_shard_size="300KB")
+    assert shards(tmp_path / "out") == shards(folders["hub"])

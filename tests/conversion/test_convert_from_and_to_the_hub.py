@@ -1,0 +1,166 @@
+"""hf:// to a folder and on to a repository, against a hub on loopback that fails on demand."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub, Fault
+
+from grok1.conversion import from_hub
+from grok1.conversion.convert import convert
+from grok1.errors import CheckpointError, ConversionError
+
+
+SOURCE, TARGET = "xai-org/tiny", "someone/tiny-hf"
+SMALL_SHARDS = {"no_tokenizer": True, "max_shard_size": "100KB"}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def expected(golden, tmp_path_factory) -> dict[str, str]:
+    """The folder that a local conversion makes."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    convert(golden / "tiny-1", out, **SMALL_SHARDS)
+    return contents(out)
+
+
+@pytest.fixture
+def hub(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(from_hub, "ATTEMPTS", 4)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with FakeHub() as hub:
+        hub.patch(monkeypatch)
+        for path in sorted((golden / "tiny-1").rglob("*")):
+            if path.is_file() and (path.parent.name == "ckpt-0" or path.name == "config.json"):
+                hub.add_file(SOURCE, str(path.relative_to(golden / "tiny-1")), path)
+        yield hub
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_the_folder_is_the_one_of_a_local_conversion(hub, expected, tmp_path, discard):
+    convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=discard, **SMALL_SHARDS)
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault.status(500), Fault.status(503), Fault.drop(after=1000), Fault.short(missing=1), Fault.corrupt(at=5000)],
+    ids=["500", "503", "dropped", "short", "flipped bit"],
+)
+def test_a_fault_on_the_way_is_tried_again(hub, expected, tmp_path, fault):
+    hub.fail("GET", r"/cdn/", fault, times=2)
+    convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, **SMALL_SHARDS)
+    assert hub.rules[0].times == 0
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_fault_that_stays_names_the_file_and_the_next_run_continues(hub, expected, tmp_path):
+    hub.fail("GET", r"/cdn/", Fault.corrupt(at=5000), times=10_000)
+    with pytest.raises(CheckpointError, match=r"tensor\d{5}_000.*(expected sha256|expected git)"):
+        convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, **SMALL_SHARDS)
+    assert not (tmp_path / "out" / "config.json").exists()
+    hub.rules.clear()
+    convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, **SMALL_SHARDS)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_fetched_files_never_exceed_the_scratch_bound(hub, expected, tmp_path, monkeypatch):
+    highest = 0
+
+    def watch(self, *args, **kwargs):
+        nonlocal highest
+        files = (tmp_path / "out" / from_hub.SCRATCH_NAME).rglob("tensor*")
+        highest = max(highest, sum(path.stat().st_size for path in files if path.is_file()))
+        return download(self, *args, **kwargs)
+
+    download = from_hub.HubCheckpoint.download
+    monkeypatch.setattr(from_hub.HubCheckpoint, "download", watch)
+    bound = 330_000
+    convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, scratch=bound, **SMALL_SHARDS)
+    assert contents(tmp_path / "out") == expected
+    assert 100_000 < highest <= bound
+
+
+def test_a_bound_that_cannot_work_is_refused_before_any_download(hub, tmp_path):
+    with pytest.raises(ConversionError, match=r"scratch: expected at least [\d,]+ bytes"):
+        convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, scratch="50KB", **SMALL_SHARDS)
+    assert not hub.sent("GET", r"/cdn/")
+
+
+def test_what_is_missing_is_said_before_any_download(hub, tmp_path):
+    blobs = hub.repos[SOURCE].branches["main"]
+    del blobs["ckpt-0/tensor00003_000"]
+    hub.add_file(SOURCE, "ckpt-0/tensor00004_000", b"short")
+    with pytest.raises(CheckpointError) as refused:
+        convert(f"hf://{SOURCE}", tmp_path / "out", **SMALL_SHARDS)
+    assert [problem.split(":")[0] for problem in refused.value.problems] == ["tensor00003_000", "tensor00004_000"]
+    assert not hub.sent("GET", r"/cdn/")
+
+
+@pytest.mark.parametrize("uri", ["hf://nobody/nothing", "hf://one-word", f"hf://{SOURCE}@no-such-revision"])
+def test_an_address_that_leads_nowhere_is_refused(hub, tmp_path, uri):
+    with pytest.raises(ConversionError, match=r"expected hf://owner/name|no such repository or revision"):
+        convert(uri, tmp_path / "out", **SMALL_SHARDS)
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_shards_go_up_one_by_one_and_the_index_last(hub, golden, expected, tmp_path, discard):
+    convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, discard_output=discard, **SMALL_SHARDS)
+    uploaded = {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"}
+    assert uploaded == expected
+    commits = hub.commits(TARGET)
+    assert [len(commit.paths) for commit in commits[:-1]] == [1] * (len(commits) - 1)
+    assert "model.safetensors.index.json" in commits[-1].paths
+    assert "README.md" in commits[-1].paths or "README.md" not in expected
+    left = {name for name in contents(tmp_path / "out") if name.endswith(".safetensors")}
+    assert left == (set() if discard else {name for name in expected if name.endswith(".safetensors")})
+
+
+def test_an_upload_that_broke_is_continued(hub, golden, expected, tmp_path):
+    hub.fail("POST", r"/commit/", Fault.status(403), times=1)
+    with pytest.raises(ConversionError, match="hub refused"):
+        convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, discard_output=True, **SMALL_SHARDS)
+    assert "model.safetensors.index.json" not in hub.files(TARGET)
+    convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, discard_output=True, **SMALL_SHARDS)
+    assert {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"} == expected
+
+
+def test_a_whole_model_is_not_overwritten(hub, golden, tmp_path):
+    hub.add_file(TARGET, "model.safetensors.index.json", b"{}")
+    with pytest.raises(ConversionError, match="found a whole model"):
+        convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, **SMALL_SHARDS)
+    assert not (tmp_path / "out").exists()
+
+
+SCRIPT = """
+import sys
+from grok1.conversion.convert import convert
+convert(sys.argv[1], sys.argv[2], push_to=sys.argv[3], discard_source=True, discard_output=True,
+        no_tokenizer=True, max_shard_size="100KB")
+"""
+
+
+def test_killed_on_the_way_from_hub_to_hub(hub, expected, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, f"hf://{SOURCE}", str(tmp_path / "out"), TARGET]
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    for wanted in (1, 4):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(hub.commits(TARGET)) < wanted if TARGET in hub.repos else True:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert "model.safetensors.index.json" not in hub.files(TARGET)
+    subprocess.run(command, env=environment, check=True)
+    assert {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"} == expected
+    assert not any(path.name.endswith((".partial", ".safetensors")) for path in (tmp_path / "out").rglob("*"))

@@ -1,0 +1,162 @@
+"""`grok1 serve` as a command: it starts, it ends when it is told to, and bad input is one sentence and exit code 2."""
+
+import re
+import signal
+import socket
+import sys
+import time
+
+import httpx2
+import pytest
+import torch
+from local_server import DEMO, GROK1, PASSAGES, command, recitals
+from openai import APIError, OpenAI
+from typer.testing import CliRunner
+
+import grok1.serving.server
+from grok1.cli import app
+from grok1.conversion.convert import convert
+from grok1.serving.server import InOrder
+from modeling_grok1 import Grok1Int8Config
+
+
+READY = r"http://localhost:\d+/v1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("serve") / "grok-1-demo"
+    convert(DEMO, out)
+    return out
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """started(...): the app that a command would serve, and its manager."""
+    apps = []
+    monkeypatch.setattr(grok1.serving.server, "run", lambda app, bound, **_: (apps.append(app), bound.close()))
+
+    def start(*arguments):
+        result = CliRunner().invoke(app, ["serve", *map(str, arguments), "--port", "0", "--device", "cpu"])
+        assert result.exit_code == 0, result.output
+        assert "Serving grok-1-demo at http://localhost:" in result.output
+        return apps[-1].state.generation, apps[-1].state.manager
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--continuous-batching",))], ids=["ctrl-c", "term"]
+)
+def test_it_serves_until_it_is_told_to_end(folder, number, options):
+    arguments = (*GROK1, "serve", str(folder), "--port", "0", "--device", "cpu", *options)
+    with command(*arguments, address=READY) as (process, address):
+        client = OpenAI(base_url=address, api_key="none", max_retries=0)
+        recital = recitals()[2]
+        answer = client.completions.create(model="grok-1-demo", prompt=recital.prompt, max_tokens=20)
+        assert recital.rest.startswith(answer.choices[0].text)
+        stream = client.completions.create(model="grok-1-demo", prompt="the", max_tokens=500, stream=True)
+        next(iter(stream))
+        process.send_signal(number)
+        with pytest.raises(APIError) as error:
+            list(stream)
+        assert re.search("The server is ending|Generation loop finished before", error.value.body)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(address)
+
+
+def test_the_end_waits_for_the_step_under_way():
+    manager = InOrder()
+    step = manager.submit(time.sleep, 0.2)
+    manager.stop()
+    assert step.done()
+
+
+def test_a_port_that_is_taken(folder):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused(folder, "--port", port)
+    assert f"Cannot listen on localhost:{port}: Address already in use." in said
+    assert "Choose another --port or --host" in said
+
+
+def test_a_folder_that_is_none(folder, tmp_path):
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    said = refused(tmp_path)
+    assert f"{tmp_path}/config.json: not there" in said and f"{tmp_path}/tokenizer.json: not there" in said
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert "no file named model.safetensors" in refused(tmp_path, "--port", 0)
+
+
+def test_options_that_cannot_be(folder, tmp_path):
+    assert "has no effect without --continuous-batching" in refused(folder, "--cb-num-blocks", 8)
+    assert "Invalid value for '--quantization'" in refused(folder, "--quantization", "int3")
+    assert "does not exist" in refused(folder, "--chat-template", tmp_path / "none.jinja")
+    assert "Unsupported dtype: 'float7'" in refused(folder, "--port", 0, "--dtype", "float7")
+    assert "Unsupported attention implementation" in refused(folder, "--port", 0, "--attn-implementation", "slow")
+    assert "does not quantise" in refused(folder, "--port", 0, "--experts-on", "disk", "--quantization", "int8")
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert "pip install 'modeling-grok1[serve]'" in refused(folder)
+
+
+def test_options_reach_the_model(folder, started):
+    _, manager = started(folder)
+    assert manager.model.dtype == torch.bfloat16
+    _, manager = started(folder, "--dtype", "float32")
+    assert manager.model.dtype == torch.float32
+    _, manager = started(folder, "--quantization", "int8")
+    assert isinstance(manager.model.config.quantization_config, Grok1Int8Config)
+    _, manager = started(folder, "--quantization", "bnb-4bit")
+    assert manager.model.is_loaded_in_4bit
+    _, manager = started(folder, "--experts-on", "disk", "--expert-cache", "1MB")
+    assert manager.model.experts_on == "disk" and manager.model.expert_cache == 10**6
+
+
+@pytest.mark.parametrize("options", [(), ("--experts-on", "disk"), ("--continuous-batching",)], ids=" ".join)
+def test_an_int8_folder_needs_no_option(tmp_path, started, options):
+    convert(DEMO, tmp_path / "grok-1-demo", dtype="int8")
+    _, manager = started(tmp_path / "grok-1-demo", *options)
+    assert isinstance(manager.model.config.quantization_config, Grok1Int8Config)
+    ids = manager.tokenizer(PASSAGES[0][:35], return_tensors="pt")
+    said = manager.tokenizer.decode(manager.model.generate(**ids, max_new_tokens=20, do_sample=False)[0])
+    assert PASSAGES[0].startswith(said) and len(said) > 60
+
+
+def test_options_reach_the_batches(folder, started):
+    generation, _ = started(folder)
+    assert generation._cb_config is None
+    sizes = ("--cb-block-size", 32, "--cb-num-blocks", 40, "--cb-max-batch-tokens", 64)
+    generation, _ = started(folder, "--continuous-batching", *sizes)
+    config = generation._cb_config
+    assert (config.page_size, config.num_blocks, config.max_batch_tokens) == (32, 40, 64)
+    generation, _ = started(folder, "--continuous-batching")
+    config = generation._cb_config
+    # On a CPU, eight sequences of the whole context.
+    assert config.page_size * config.num_blocks == 8 * 512
+    generation, _ = started(folder, "--continuous-batching", "--cb-max-memory-percent", 0.01)
+    assert generation._cb_config.num_blocks is None and generation._cb_config.max_memory_percent == 0.01
+
+
+def test_transformers_serve_itself_reads_the_folder(folder):
+    """Without this package: the code beside the weights is enough."""
+    serve = (sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder))
+    arguments = (*serve, "--trust-remote-code", "--port", "0", "--device", "cpu")
+    with command(*arguments, address=r"http://localhost:\d+") as (_, address):
+        opening = PASSAGES[0][:35]
+        body = {"prompt": opening, "max_tokens": 20, "temperature": 0}
+        answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    assert PASSAGES[0][35:].startswith(answer["choices"][0]["text"])
