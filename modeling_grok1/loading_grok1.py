@@ -23,6 +23,7 @@ if (
     )
 
 from .configuration_grok1 import GrokConfig  # isort: skip
+from .pipeline_grok1 import register_text_generation  # isort: skip
 from .quantization_grok1 import QUANT_METHOD  # isort: skip  (registers xAI's int8 with Transformers)
 
 import torch
@@ -38,6 +39,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+
+register_text_generation()
 
 logger = logging.get_logger(__name__)
 
