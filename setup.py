@@ -71,7 +71,9 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "modeling_grok1": ["py.typed", "demo/*", "demo/ckpt-0/*"],
+        "modeling_grok1": ["py.typed"],
+        "grok1": ["py.typed"],
+        "grok1.demo": ["*.json", "tokenizer.model", "ckpt-0/*"],
         "grok1.configuration": ["*.json", "*.tsv"],
         "grok1.model_card": ["*.md", "LICENSE"],
     },
