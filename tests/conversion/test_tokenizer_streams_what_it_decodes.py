@@ -1,5 +1,5 @@
-"""Tokens streamed one by one by Transformers' streamers give the text that they decode to, characters split over tokens
-included. They decode each line by itself, so they need the additive decoder."""
+"""Transformers' streamers give the text that the tokens decode to, one token at a time, split characters included.
+They decode each line by itself, so they need the additive decoder."""
 
 from pathlib import Path
 
