@@ -17,7 +17,7 @@ from typing import Any
 # Bytes of one attention or expert matrix, from its parameter name, output features and input features.
 MatrixBytes = Callable[[str, int, int], int]
 
-# Scale blocks along the input of the released int8 matrices; 1 where not named (SPEC of the released files).
+# Scale blocks along the input of the released int8 matrices; 1 where not named.
 INT8_SCALE_BLOCKS = {"o_proj": 8, "w2": 8}
 
 
@@ -32,7 +32,7 @@ def bnb_int8_bytes(name: str, rows: int, columns: int) -> int:
 
 
 def bnb_4bit_bytes(name: str, rows: int, columns: int) -> int:
-    """Half a byte per weight, one float32 maximum per 64 weights, a table of 16 float32 (bitsandbytes `QuantState`)."""
+    """Half a byte per weight, a float32 maximum per 64 weights, a table of 16 float32 (bitsandbytes `QuantState`)."""
     blocks = math.ceil(rows * columns / 64)
     return math.ceil(rows * columns / 2) + 4 * blocks + 16 * 4
 
@@ -155,8 +155,8 @@ def loading_options(folder: str | Path, precision: str = AUTO) -> dict[str, Any]
 
     Args:
         folder: a converted folder; its config.json says whether it is quantised already.
-        precision: a key of `PRECISIONS`, or "auto" for the folder's own. "float32" and "bfloat16" set the compute dtype
-            of a quantised folder and leave its matrices as they are stored.
+        precision: a key of `PRECISIONS`, or "auto" for the folder's own. "float32" and "bfloat16" set the compute
+            dtype of a quantised folder and leave its matrices as they are stored.
 
     Raises:
         ValueError: an unknown precision, or one that would quantise a folder again that is quantised otherwise.

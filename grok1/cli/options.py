@@ -42,3 +42,29 @@ ConvertedFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A converted folder with a tokenizer.", exists=True, file_okay=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+
+def check_experts_on(value: str | None) -> str | None:
+    """The value, where it is a place; else click's error for an option."""
+    if value not in (None, "cpu", "disk"):
+        raise typer.BadParameter(f"expected cpu or disk, found {value!r}.")
+    return value
+
+
+ExpertsOn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[cpu|disk]",
+        help="Keep the experts in host memory or on disk and read the routed ones.",
+        callback=check_experts_on,
+        rich_help_panel=LOADING,
+    ),
+]
+ExpertCache = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Device memory for recent experts, such as 40GB.", rich_help_panel=LOADING),
+]
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="eager, flash_attention_2, flex_attention, ...", rich_help_panel=LOADING),
+]

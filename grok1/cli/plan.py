@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from grok1.sizing.hardware import Gpus
     from grok1.sizing.plan import Plan
 
+EXAMPLES = """
+grok1 plan --gpus 8x80GB --precision int8
+grok1 plan --gpus 2x8x80GB --context 8192 --batch 4 grok-1-hf
+"""
 WAYS = {
     "one": "one GPU",
     "tp": "tensor parallel: each GPU computes a share of every head and expert",

@@ -6,7 +6,7 @@ from grok1.sizing.request import Request
 
 
 def python_command(request: Request, placement: str) -> str:
-    """A Python program that loads the model with `placement` (keyword arguments of `from_pretrained`) and generates."""
+    """A Python program that loads the model with `placement` (arguments of `from_pretrained`) and generates."""
     row = request.row
     lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     options = [f"dtype=torch.{row.dtype}", placement]

@@ -185,8 +185,8 @@ def weight_bytes(parameters: Mapping[str, tuple[Sequence[int], int]], precision:
     """Stored bytes by kind.
 
     Args:
-        parameters: shape, and bytes when it is not quantised, of every parameter with linear experts (one 2-D matrix per
-            projection), by its name in the model.
+        parameters: shape, and bytes when it is not quantised, of every parameter with linear experts (one 2-D matrix
+            per projection), by its name in the model.
         precision: how the matrices are stored.
     """
     weights: Counter[str] = Counter()
