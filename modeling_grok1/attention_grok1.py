@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
@@ -97,9 +97,12 @@ def causal_mask(
     past_key_values: Cache | None,
     position_ids: torch.Tensor,  # B T
 ):
-    """The mask of all layers, as the attention implementation of the config expects it."""
+    """The mask of all layers, as the attention implementation of the config expects it. Without an attention mask,
+    positions that begin again separate packed texts, also where an empty cache is to be filled."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
+    if attention_mask is None and type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0:
+        past_key_values = None  # Transformers looks for packed texts only where there is no cache
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
@@ -107,6 +110,27 @@ def causal_mask(
         position_ids=position_ids,
         **cache_argument(past_key_values),
     )
+
+
+def positions(inputs_embeds: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The positions (1 T) of `inputs_embeds` (B T D): after the cache, or in each text of a packed batch."""
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
+    packed = packed_positions(length, device, kwargs)
+    if packed is not None:
+        return packed
+    return torch.arange(length, device=device)[None] + (cache.get_seq_length() if cache is not None else 0)
+
+
+def packed_positions(length: int, device: torch.device, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """
+    The positions (1 T) in a packed batch that says only where its texts begin, by FlashAttention's `cu_seq_lens_q`
+    (the sum of the lengths before each text, and of all), or None.
+    """
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None:
+        return None
+    index, starts = torch.arange(length, device=device), starts.flatten().to(device)
+    return (index - starts[torch.searchsorted(starts, index, right=True) - 1])[None]
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

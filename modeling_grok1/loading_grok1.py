@@ -5,6 +5,7 @@ because it would load something wrong, or leave the experts in full precision.
 """
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .configuration_grok1 import GrokConfig
@@ -90,6 +92,10 @@ ALIASES = [
     (r"\.linear\.", ".w1."),
     (r"\.linear_v\.", ".w3."),
     (r"\.linear_1\.", ".w2."),
+    # AutoRound, from linear experts
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.up_proj\.", ".w3."),
+    (r"\.down_proj\.", ".w2."),
 ]
 
 
@@ -172,6 +178,20 @@ def register_weight_names() -> None:
 
 
 register_weight_names()
+
+
+def register_class_names() -> None:
+    """
+    Enter the classes in Transformers' tables of class names, which the Auto classes do not fill. The Trainer shifts
+    the labels of smoothed losses, and model cards name a task, for the classes in these tables only. Idempotent.
+    """
+    for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        table = "_".join(re.findall("LM|[A-Z][a-z]+", head)).upper()
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        names[GrokConfig.model_type] = f"Grok1For{head}"
+
+
+register_class_names()
 
 
 # --------------------------------------------------------------------------------------------------------------------
