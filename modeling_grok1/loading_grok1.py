@@ -153,7 +153,7 @@ class JoinHalves(Concatenate):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
         parts = [input_dict.get(pattern) for pattern in source_patterns]
         whole = getattr(parts[0], "_base", None)
-        if whole is not None and whole.ndim == parts[0].ndim:
+        if whole is not None and whole.ndim == parts[0].ndim and not whole.is_meta:
             halves = whole.split(whole.shape[self.dim] // 2, dim=self.dim)
             if len(halves) == len(parts) and all(map(torch.Tensor.is_set_to, parts, halves)):
                 return {self.get_target_pattern(target_patterns): whole}
@@ -345,7 +345,8 @@ def check_loaded(model: Any, loading_info: Any, load_config: Any) -> None:
 def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """
     Let `load_state_dict` read one matrix per expert, as `save_pretrained` writes them, into fused experts: those in
-    `state_dict` are copied, and replaced by the fused parameters where they are complete.
+    `state_dict` are copied, and replaced by the fused parameters where they are complete. Parameters on the meta device
+    are replaced by real ones with the dtype and device of what is read, as `assign=True` does.
 
     transformers.Trainer resumes so, and would keep the experts as they are
     (https://github.com/huggingface/transformers/issues/48805).
@@ -356,12 +357,13 @@ def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], pref
         found = [key for row in keys for key in row if key in state_dict]
         if not found:
             continue
-        if weight.is_meta:  # to be assigned, so there is nothing to copy to
-            if len(found) == experts.num_experts * len(parts):
-                state_dict[f"{prefix}{name}"] = torch.stack(
-                    [torch.cat([state_dict.pop(key) for key in row]) for row in keys]
-                )
+        if weight.ndim != 3:  # cut by ZeRO-3, whose loader brings whole parameters
             continue
+        if weight.is_meta:  # to be assigned; what no file brings stays NaN
+            like = state_dict[found[0]]
+            values = torch.full(weight.shape, float("nan"), dtype=like.dtype, device=like.device)
+            weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+            setattr(experts, name, weight)
         for row, matrix in zip(keys, weight, strict=True):
             for key, part in zip(row, matrix.chunk(len(parts)), strict=True):
                 if key in state_dict:  # a file may end within a layer
