@@ -345,8 +345,8 @@ def check_loaded(model: Any, loading_info: Any, load_config: Any) -> None:
 def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """
     Let `load_state_dict` read one matrix per expert, as `save_pretrained` writes them, into fused experts: those in
-    `state_dict` are copied, and replaced by the fused parameters where they are complete. Parameters on the meta device
-    are replaced by real ones with the dtype and device of what is read, as `assign=True` does.
+    `state_dict` are copied, and replaced by the fused parameters where they are complete. Parameters on the meta
+    device are replaced by real ones with the dtype and device of what is read, as `assign=True` does.
 
     transformers.Trainer resumes so, and would keep the experts as they are
     (https://github.com/huggingface/transformers/issues/48805).

@@ -114,5 +114,5 @@ def test_a_checkpoint_that_lacks_a_matrix_of_one_expert_is_refused(folder, layou
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, RuntimeError), match="experts|mismatched"):
+    with pytest.raises((ValueError, RuntimeError), match=r"experts|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path, experts_layout=layout)
