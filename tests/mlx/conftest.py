@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -79,8 +80,15 @@ def mlx_lm() -> Callable[..., str]:
 
 
 def greedy(model: nn.Module, prompt: list[int], steps: int, prompt_cache: list[Any] | None = None) -> list[int]:
-    """The likeliest tokens after `prompt`, without mlx-lm's generation and, by default, without a cache."""
-    ids = list(prompt)
+    """The likeliest tokens after `prompt`, step by step with the model itself rather than mlx-lm's generation.
+
+    Args:
+        prompt_cache: one of mlx-lm's, which may hold what precedes `prompt`; by default a new one.
+    """
+    cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
+    said: list[int] = []
+    ids = prompt
     for _ in range(steps):
-        ids.append(mx.argmax(model(mx.array([ids]))[0, -1]).item())
-    return ids[len(prompt) :]
+        said.append(mx.argmax(model(mx.array([ids]), cache)[0, -1]).item())
+        ids = said[-1:]
+    return said
