@@ -4,52 +4,50 @@ How checkpoints become parameters: the names that are read, the layouts of the e
 because it would load something wrong, or leave the experts in full precision.
 """
 
-import os
-from importlib.metadata import version
-
-
-TESTED_TRANSFORMERS, FOUND_TRANSFORMERS = "5.23", version("transformers")
-
-# Not in configuration_grok1.py: engines with a Grok-1 of their own read the configuration with other versions.
-if (
-    ".".join(FOUND_TRANSFORMERS.split(".")[:2]) != TESTED_TRANSFORMERS
-    and os.environ.get("GROK1_UNTESTED_TRANSFORMERS") != FOUND_TRANSFORMERS  # `make test-latest`
-):
-    raise ImportError(
-        f"Grok-1's code rests on the loading internals of transformers {TESTED_TRANSFORMERS} and found "
-        f'transformers {FOUND_TRANSFORMERS}: run `pip install "transformers=={TESTED_TRANSFORMERS}.*"`, take a '
-        "release of modeling-grok1 that names your version, or try it all the same with the environment variable "
-        f"GROK1_UNTESTED_TRANSFORMERS={FOUND_TRANSFORMERS}."
-    )
-
-from .configuration_grok1 import GrokConfig  # isort: skip
-from .quantization_grok1 import QUANT_METHOD  # isort: skip  (registers xAI's int8 with Transformers)
+import copy
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ConversionOps,
     MergeModulelist,
     PrefixChange,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
 )
+from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
+
+from .configuration_grok1 import GrokConfig
+from .experts_grok1 import DEFAULT_EXPERTS
+from .offloading_grok1 import ExpertStore, check_offloading
+from .quantization_grok1 import QUANT_METHOD  # importing it registers xAI's int8 with Transformers
 
 
 logger = logging.get_logger(__name__)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Names of the weights. A checkpoint holds one 2-D matrix an expert; in memory the experts of a layer are two 3-D
-# parameters ("fused"), or one nn.Linear each ("linear"), which is what bitsandbytes can quantise.
+# Layouts of the experts and names of the weights. A checkpoint holds one 2-D matrix per expert. In memory the experts
+# of a layer are two 3-D parameters ("fused"), or one nn.Linear per matrix ("linear"), which is what bitsandbytes can
+# quantise, or not in the model at all (`experts_on`).
+#
+# Transformers chooses the renaming of a checkpoint by `model.config.model_type`. So the model sets it on the instance
+# of its config; `to_dict`, and with it config.json, writes the class's "grok-1" for all of them.
 # --------------------------------------------------------------------------------------------------------------------
-FUSED, LINEAR = "fused", "linear"
-# Transformers picks the renaming by the config's model type: the instance's value tells the layouts apart, config.json
-# always says the class's.
-LINEAR_MODEL_TYPE = f"{GrokConfig.model_type}-linear"
-OFFLOADED_MODEL_TYPE = f"{GrokConfig.model_type}-offloaded"  # `experts_on`: no experts in the model at all
+FUSED, LINEAR, OFFLOADED = "fused", "linear", "offloaded"
+MODEL_TYPES = {layout: f"{GrokConfig.model_type}-{layout}" for layout in (LINEAR, OFFLOADED)}
+MODEL_TYPES[FUSED] = GrokConfig.model_type
+
+
+def experts_layout(config: GrokConfig) -> str:
+    """The layout of the experts in memory that the model chose for this config."""
+    return next((layout for layout, name in MODEL_TYPES.items() if name == config.model_type), FUSED)
 
 
 class LoadOnlyRenaming(PrefixChange):
@@ -95,6 +93,14 @@ ALIASES = [
 ]
 
 
+class MergeExperts(MergeModulelist):
+    """Stacks the matrices of all experts."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return UnstackExperts(self.dim)
+
+
 class StackExperts(MergeModulelist):
     """Stacks the matrices of all experts; gate and up as the two halves of one tensor, which then is their
     concatenation without being copied again."""
@@ -111,6 +117,24 @@ class StackExperts(MergeModulelist):
             for place, matrix in zip(half, input_dict.pop(pattern), strict=True):
                 place.copy_(matrix)
         return dict(zip(source_patterns, halves, strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return UnstackExperts(self.dim)
+
+
+class UnstackExperts(SplitModulelist):
+    """The reverse: one tensor per expert. Up to 5.22 Transformers' own squeezes every dimension of size 1, those of
+    scales too."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
+        output: dict[str, torch.Tensor] = {}
+        for source, tensors in input_dict.items():
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            targets = self.get_target_patterns(input_dict, source, target_patterns, tensor.size(self.dim))
+            output.update(zip(targets, tensor.unbind(self.dim), strict=True))
+        return output
 
 
 class JoinHalves(Concatenate):
@@ -139,12 +163,12 @@ def register_weight_names() -> None:
         WeightConverter(
             source_patterns=".experts.*.w2.weight",
             target_patterns=".experts.down_proj",
-            operations=[MergeModulelist(dim=0)],
+            operations=[MergeExperts(dim=0)],
         ),
     ]
-    register_checkpoint_conversion_mapping(GrokConfig.model_type, aliases + fuse, overwrite=True)
-    register_checkpoint_conversion_mapping(LINEAR_MODEL_TYPE, aliases, overwrite=True)
-    register_checkpoint_conversion_mapping(OFFLOADED_MODEL_TYPE, aliases, overwrite=True)
+    for layout, model_type in MODEL_TYPES.items():
+        conversions = aliases + fuse if layout == FUSED else aliases
+        register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
 
 
 register_weight_names()
@@ -255,3 +279,257 @@ def check_quantized_experts(model: PreTrainedModel, method: str) -> None:
             # to bfloat16 and transposed, and what is saved or dequantised then is wrong
             # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (mypy takes attributes of a module for tensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was loaded
+# --------------------------------------------------------------------------------------------------------------------
+def check_loaded(model: Any, loading_info: Any, load_config: Any) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint lacks weights of the decoder, or holds them in a form that was not read.
+            Transformers would warn and continue with random ones.
+    """
+    source = load_config.pretrained_model_name_or_path
+    unexpected = sorted(loading_info.unexpected_keys)
+    fused = [key for key in unexpected if key.endswith(".experts.gate_up_proj")]
+    if fused and experts_layout(model.config) == LINEAR:
+        raise ValueError(
+            f"`experts_layout='linear'` reads one matrix per expert, and {source!r} holds fused experts "
+            f"(`{fused[0]}`): load it with `experts_layout='fused'` and save it, which writes one matrix per expert."
+        )
+    scales = [key for key in unexpected if key.endswith("_scale")]
+    if scales and load_config.hf_quantizer is None:
+        raise ValueError(
+            f"{source!r} holds quantised weights with scales (`{scales[0]}`), and no quantization_config was used to "
+            "read them: leave `quantization_config=None` out, or restore the one in config.json."
+        )
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    prefix = f"{model.base_model_prefix}." if model is not model.base_model else ""
+    missing = sorted(
+        key for key in loading_info.missing_keys if key not in tied and key.startswith((prefix, "lm_head."))
+    )
+    if missing:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        surplus = f" It holds {len(unexpected)} unknown names; the first is {unexpected[0]}." if unexpected else ""
+        raise ValueError(
+            f"{source!r} lacks {len(missing)} weights of this Grok-1: {shown}.{surplus} Complete the folder, or write "
+            "it again with `grok1 convert`."
+        )
+
+
+@torch.no_grad()
+def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """
+    Let `load_state_dict` read one matrix per expert, as `save_pretrained` writes them, into fused experts: those in
+    `state_dict` are copied, and replaced by the fused parameters where they are complete.
+
+    transformers.Trainer resumes so, and would keep the experts as they are
+    (https://github.com/huggingface/transformers/issues/48805).
+    """
+    for name, parts in {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.items():
+        weight = getattr(experts, name)
+        keys = [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(experts.num_experts)]
+        found = [key for row in keys for key in row if key in state_dict]
+        if not found:
+            continue
+        if weight.is_meta:  # to be assigned, so there is nothing to copy to
+            if len(found) == experts.num_experts * len(parts):
+                state_dict[f"{prefix}{name}"] = torch.stack(
+                    [torch.cat([state_dict.pop(key) for key in row]) for row in keys]
+                )
+            continue
+        for row, matrix in zip(keys, weight, strict=True):
+            for key, part in zip(row, matrix.chunk(len(parts)), strict=True):
+                if key in state_dict:  # a file may end within a layer
+                    part.copy_(state_dict.pop(key))
+        if len(found) == experts.num_experts * len(parts):
+            state_dict[f"{prefix}{name}"] = weight
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The mixin
+# --------------------------------------------------------------------------------------------------------------------
+class Grok1LoadingMixin:
+    """
+    Options, loading and saving of all Grok-1 models. The options are keyword arguments of `from_pretrained` and
+    `from_config` and are not stored in config.json.
+
+    Args:
+        config (`GrokConfig`): validated again here, because fields can be set after its own validation.
+        experts_layout (`"fused"` or `"linear"`, *optional*): the experts in memory. Fused (two 3-D parameters per
+            layer) is the default; linear (one `nn.Linear` per matrix) is chosen automatically where bitsandbytes or
+            torchao quantises. The files on disk are the same.
+        experts_on (`"cpu"` or `"disk"`, *optional*): keep the experts, 99 % of the weights, in host memory or in the
+            checkpoint's own files, and copy those that the router chooses to the device of everything else.
+        expert_cache (`int` or `str`, *optional*): bytes of recently used experts that stay on the device with
+            `experts_on`, such as `"40GB"` or `"40GiB"`; none by default.
+
+    Raises:
+        ValueError: the config is not that of a Grok-1, an option is unknown or contradicts another, or the weights
+            cannot be cut along `config.distributed_config`.
+    """
+
+    _keys_to_ignore_on_load_unexpected: list[str] | None
+
+    def __init__(
+        self,
+        config: GrokConfig,
+        experts_layout: str | None = None,
+        experts_on: str | None = None,
+        expert_cache: int | str | None = None,
+    ):
+        config.validate()
+        if config._attn_implementation == "vllm":
+            raise ValueError(
+                "vLLM's Transformers backend computes SiLU in every expert, where Grok-1 has GELU. Install this "
+                "package beside vLLM (`pip install modeling-grok1`): its plugin serves Grok-1 with vLLM's own layers."
+            )
+        if experts_layout not in (None, FUSED, LINEAR):
+            raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
+        cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
+        layout = quantized_experts_layout(config, experts_layout) or FUSED
+        model_type = MODEL_TYPES[layout if experts_on is None else OFFLOADED]
+        if config.model_type != model_type:
+            config = copy.copy(config)  # the caller's may serve models of another layout
+            config.model_type = model_type  # type: ignore[misc]  # on the instance
+        super().__init__(config)  # type: ignore[call-arg]
+        self.experts_layout = layout if experts_on is None else LINEAR
+        self.experts_on, self.expert_cache = experts_on, cache_bytes
+        if experts_on is not None:
+            ignored = self._keys_to_ignore_on_load_unexpected or []
+            self._keys_to_ignore_on_load_unexpected = [*ignored, r"block_sparse_moe\.experts\."]
+        check_parallelism(config, self.experts_layout)
+        if self.experts_layout == LINEAR:
+            self._can_compile_fullgraph = False  # which experts run is known only after the router
+
+    # Transformers looks for the interfaces in the text of the file that defines a class.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)  # type: ignore[misc]
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        raise ValueError(
+            "Grok-1 caps its attention scores with 30 * tanh(s / 30), which `attn_implementation='sdpa'` cannot "
+            "compute: use 'eager' (the default), 'flex_attention' or 'flash_attention_2'."
+        )
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As in Transformers. A plain `nn.Embedding` is given the embedding multiplier of the model."""
+        present = self.get_input_embeddings()  # type: ignore[attr-defined]
+        if type(value) is nn.Embedding and type(present) is not nn.Embedding:
+            embedding = type(present)(*value.weight.shape, self.config.embedding_multiplier_scale)  # type: ignore[attr-defined]
+            embedding.weight, value = value.weight, embedding
+        super().set_input_embeddings(value)  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # Here the device map is final, the files of the checkpoint and the names in them are known, and no weight is
+        # read yet. Adapters come here too, with the keys that they expect.
+        if expected_keys is not None:
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        check_tied_devices(model, load_config)
+        if model.experts_on is not None:
+            attach_expert_store(model, checkpoint_files, load_config)
+        result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        check_loaded(model, result[0], load_config)
+        quantization = getattr(load_config.hf_quantizer, "quantization_config", None)
+        if quantization is not None and not getattr(quantization, "dequantize", False):
+            method = quantization.quant_method
+            check_quantized_experts(model, str(getattr(method, "value", method)))
+        if load_config.hf_quantizer is None:
+            # Transformers keeps the conversions that this checkpoint needed. Saving separates the experts always.
+            model._weight_conversions = [
+                conversion
+                for conversion in load_config.weight_mapping
+                if conversion.was_used() or isinstance(conversion, WeightConverter)
+            ]
+        return result
+
+    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
+        """
+        As in Transformers. `lm_head.weight` is written although it is tied: some engines never tie.
+
+        Raises:
+            ValueError: the model was loaded with `experts_on`, or is quantised and cut into pipeline stages.
+        """
+        adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if self.experts_on is not None and not adapter:
+            raise ValueError(
+                f"`experts_on={self.experts_on!r}` left the experts in {self.name_or_path!r}, so this model is not "  # type: ignore[attr-defined]
+                "whole and cannot be saved: copy that folder, or load it without `experts_on` and save."
+            )
+        state_dict = gather_pipeline(self, state_dict)
+        if not adapter and not kwargs.get("distributed_checkpoint", False):
+            state_dict = with_tied_head(self, state_dict)
+        if self.experts_layout == LINEAR:
+            # In memory as on disk: nothing to revert, and Transformers cannot revert a quantised model that it loaded.
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""
+        if dtype is None and isinstance(self.config.dtype, str):  # type: ignore[attr-defined]
+            dtype = getattr(torch, self.config.dtype)  # type: ignore[attr-defined]  # saving leaves the dtype's name
+        return super().dequantize(dtype)  # type: ignore[misc]
+
+
+def check_tied_devices(model: Any, load_config: Any) -> None:
+    """Raises ValueError where the device map separates the embedding and the head that is tied to it."""
+    tied = model._tied_weights_keys or {}
+    if not tied or not model.config.tie_word_embeddings:
+        return
+    head, embedding = next(iter(tied.items()))
+    devices = expand_device_map(load_config.device_map, [head, embedding])
+    if devices[head] != devices[embedding]:
+        raise ValueError(
+            f"`device_map` puts `{embedding}` on {devices[embedding]!r} and `{head}` on {devices[head]!r}, but they "
+            "are one tensor (`tie_word_embeddings`): give both the same device."
+        )
+
+
+def attach_expert_store(model: Any, checkpoint_files: list[str] | None, load_config: Any) -> None:
+    """Opens the experts in the checkpoint's files for a model with `experts_on`."""
+    model.expert_store = ExpertStore.open(
+        model.config, checkpoint_files, load_config, model.experts_on, model.expert_cache
+    )
+    for layer_idx, layer in enumerate(model.base_model.layers):
+        layer.block_sparse_moe.experts.store = model.expert_store
+        layer.block_sparse_moe.experts.layer_idx = layer_idx
+
+
+def gather_pipeline(model: Any, state_dict: dict | None) -> dict | None:
+    """The weights of all pipeline stages, on the first one. Transformers would write the first stage alone."""
+    stage = getattr(model, "_pp_stage", None)
+    if stage is None:
+        return state_dict
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("A quantised model is not saved from a pipeline: load it without `pp_size` and save.")
+    here = {name: tensor.cpu() for name, tensor in (state_dict or model.state_dict()).items()}
+    stages = [here] * stage.pp_size if stage.pp_is_first_stage else None
+    torch.distributed.gather_object(here, stages, group=stage.pp_group, group_dst=0)
+    return {name: tensor for part in stages or [here] for name, tensor in part.items()}
+
+
+def with_tied_head(model: Any, state_dict: dict | None) -> dict | None:
+    """The weights with a copy of the embedding for the head that is tied to it."""
+    tied = model._tied_weights_keys or {}
+    if not tied or not model.config.tie_word_embeddings:
+        return state_dict
+    head, embedding = next(iter(tied.items()))
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    weight = state_dict.get(embedding)
+    if weight is not None:
+        if weight.device.type == "meta":
+            weight = load_offloaded_parameter(model, embedding)
+        state_dict[head] = weight.clone()
+    return state_dict

@@ -25,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .decoding_grok1 import decoding, reduced_matmul
+from .cpu_grok1 import compiled_row, matmul_by_reduction
 
 
 QUANT_METHOD = "grok1_int8"
@@ -210,9 +210,9 @@ class Int8Linear(nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # S K
         if torch.is_grad_enabled() and x.requires_grad:
             y = FrozenMatmul.apply(rows, self.weight, self.weight_scale)
-        elif decoding(rows):
+        elif compiled_row(rows):
             only = torch.zeros(1, dtype=torch.long)
-            y = reduced_matmul(rows, self.weight[None], only, self.weight_scale[None])
+            y = matmul_by_reduction(rows, self.weight[None], only, self.weight_scale[None])
         elif torch.compiler.is_compiling():
             offsets = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = torch.ops.grok1.int8_grouped_matmul(rows, self.weight[None], self.weight_scale[None], offsets)
@@ -259,10 +259,10 @@ class Int8Experts(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return self.trainable_forward(x, experts, gates)
         N, k = experts.shape  # noqa: N806
-        if decoding(x):
+        if compiled_row(x):
             chosen = experts[0].clamp(max=self.num_experts - 1)  # k
-            y = reduced_matmul(x.expand(k, -1), self.gate_up_proj, chosen, self.gate_up_proj_scale)  # k 2F
-            y = reduced_matmul(gated(y), self.down_proj, chosen, self.down_proj_scale)  # k D
+            y = matmul_by_reduction(x.expand(k, -1), self.gate_up_proj, chosen, self.gate_up_proj_scale)  # k 2F
+            y = matmul_by_reduction(gated(y), self.down_proj, chosen, self.down_proj_scale)  # k D
             return gates @ y
 
         chosen, order = experts.flatten().sort(stable=True)  # S = N*k

@@ -154,7 +154,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU computes a prompt as a GPU and the meta device do: larger pieces of scores, all experts at once."""
     from transformers.integrations.moe import ExpertsInterface
 
-    from modeling_grok1 import modeling_grok1 as model_file
+    from modeling_grok1 import attention_grok1, experts_grok1
 
-    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", model_file.SCORE_BYTES["cuda"])
-    monkeypatch.setitem(model_file.ALL_EXPERTS_FUNCTIONS, "grouped_mm", ExpertsInterface()["grouped_mm"])
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", attention_grok1.SCORE_BYTES_ELSEWHERE)
+    grouped = ExpertsInterface()["grouped_mm"]
+    monkeypatch.setitem(experts_grok1.ALL_EXPERTS_FUNCTIONS, experts_grok1.DEFAULT_EXPERTS, grouped)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_grok1 import Grok1ForCausalLM
+from modeling_grok1 import Grok1ForCausalLM, attention_grok1
 from modeling_grok1 import modeling_grok1 as model_file
 
 
@@ -40,6 +40,17 @@ def mask_of(B, T, kind):  # noqa: N803
     return mask
 
 
+def watch(monkeypatch, seen):
+    """Calls `seen` with query and key of every piece."""
+    whole = model_file.eager_attention_forward.__wrapped__
+
+    def attention(module, query, key, *rest, **kwargs):
+        seen(query, key)
+        return whole(module, query, key, *rest, **kwargs)
+
+    monkeypatch.setattr(model_file, "eager_attention_forward", attention_grok1.in_pieces(attention))
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("rows", [16, 50, 99])
 @torch.no_grad()
@@ -49,9 +60,8 @@ def test_pieces_give_the_logits_of_the_whole(model, monkeypatch, rows, padding):
     mask = mask_of(B, T, padding)
     expected = model(ids, attention_mask=mask).logits
     calls = []
-    attend = model_file.attend
-    monkeypatch.setattr(model_file, "attend", lambda q, *rest: calls.append(q.shape[2]) or attend(q, *rest))
-    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 4 * B * model.config.num_attention_heads * T * rows)
+    watch(monkeypatch, lambda query, key: calls.append(query.shape[2]))
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 4 * B * model.config.num_attention_heads * T * rows)
     actual = model(ids, attention_mask=mask).logits
     assert set(calls) == {rows, T % rows or rows}
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -67,9 +77,8 @@ def test_a_piece_reads_the_keys_that_its_mask_leaves_open(model, monkeypatch):
     mask = torch.zeros(1, 1, T, T, dtype=torch.float64).masked_fill(~is_open, torch.finfo(torch.float64).min)
     expected = model(ids, attention_mask=mask).logits
     keys = []
-    attend = model_file.attend
-    monkeypatch.setattr(model_file, "attend", lambda q, k, *rest: keys.append(k.shape[2]) or attend(q, k, *rest))
-    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)  # 16 rows
+    watch(monkeypatch, lambda query, key: keys.append(key.shape[2]))
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 1)  # 16 rows
     actual = model(ids, attention_mask=mask).logits
     assert keys == [40, 40, 48, 64, 80, 96] * model.config.num_hidden_layers
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -79,14 +88,14 @@ def test_a_piece_reads_the_keys_that_its_mask_leaves_open(model, monkeypatch):
 def test_a_prompt_after_a_cache_is_computed_in_pieces_too(model, monkeypatch):
     ids = torch.randint(3, 96, (1, 120), generator=torch.Generator().manual_seed(1))
     expected = model(ids).logits[:, 40:]
-    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)  # 16 rows
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 1)  # 16 rows
     cache = model(ids[:, :40], use_cache=True).past_key_values
     torch.testing.assert_close(model(ids[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-12)
 
 
 def test_weights_and_gradients_are_whole(model, monkeypatch):
     ids = torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", 1)
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 1)
     with torch.no_grad():
         attentions = model(ids, output_attentions=True).attentions
         assert [tuple(weights.shape) for weights in attentions] == [(1, 4, 64, 64)] * len(attentions)
@@ -96,7 +105,7 @@ def test_weights_and_gradients_are_whole(model, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(attentions, again, strict=True))
     gradients = []
     for nbytes in (1, 2**30):
-        monkeypatch.setitem(model_file.SCORE_BYTES, "cpu", nbytes)
+        monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", nbytes)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
@@ -109,6 +118,6 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(model):
     with LargestTensor() as largest:
         model.model(torch.randint(3, 96, (1, T)), use_cache=False)
     H = model.config.num_attention_heads  # noqa: N806
-    pieces = model_file.SCORE_BYTES["cpu"] // 4
+    pieces = attention_grok1.SCORE_BYTES["cpu"] // 4
     assert largest.numel <= max(pieces, T * T)  # of the scores, or the mask
     assert 3 * pieces < H * T * T  # what all scores would be

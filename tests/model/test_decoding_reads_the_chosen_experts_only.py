@@ -5,9 +5,12 @@ import threading
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from modeling_grok1.decoding_grok1 import projected, reduced_matmul, row_matmul, row_product, without_onednn
+from modeling_grok1 import Grok1ForCausalLM
+from modeling_grok1.cpu_grok1 import ONEDNN, fast_decoding, matmul_by_reduction, matmul_of_few_rows
+from modeling_grok1.experts_grok1 import DEFAULT_EXPERTS
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
 
@@ -15,13 +18,12 @@ from modeling_grok1.modeling_grok1 import Grok1Experts
 @pytest.mark.parametrize("inputs", [16, 1024, 1368, 4099, 8192])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [20, 22])
-@pytest.mark.parametrize("matmul", [reduced_matmul, row_matmul])
-def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, outputs, inputs, dtype):
+def test_rows_are_multiplied_with_the_matrix_of_their_expert(outputs, inputs, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, outputs, inputs, generator=generator).to(dtype)
     x = torch.randn(3, inputs, generator=generator).to(dtype)
     experts = torch.tensor([2, 0, 2])
-    y = matmul(x, weight, experts)
+    y = matmul_by_reduction(x, weight, experts)
     assert y.dtype == dtype
     expected = torch.einsum("sk,snk->sn", x.double(), weight[experts].double())
     magnitude = torch.einsum("sk,snk->sn", x.double().abs(), weight[experts].double().abs())
@@ -31,7 +33,7 @@ def test_rows_are_multiplied_with_the_matrix_of_their_expert(matmul, outputs, in
 @pytest.fixture
 def experts(small_config):
     torch.manual_seed(0)
-    small_config._experts_implementation = "grouped_mm"
+    small_config._experts_implementation = DEFAULT_EXPERTS
     module = Grok1Experts(small_config)
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.3)
@@ -53,7 +55,7 @@ def test_a_step_gives_the_result_of_all_experts_without_the_grouped_product(expe
         x = torch.randn(1, experts.gate_up_proj.shape[-1], generator=generator).to(dtype)
         chosen = torch.randperm(experts.num_experts, generator=generator)[None, :2]
         gates = torch.rand(1, 2, generator=generator).to(dtype)
-        expected = copy.deepcopy(experts).double().plain_forward(x.double(), chosen, gates.double())
+        expected = copy.deepcopy(experts).double().eager_forward(x.double(), chosen, gates.double())
         actual = step(x, chosen, gates)
         assert (actual - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
@@ -64,7 +66,7 @@ def test_an_expert_of_another_rank_adds_nothing(experts):
     E = experts.num_experts  # noqa: N806
     x = torch.randn(1, experts.gate_up_proj.shape[-1])
     gates = torch.tensor([[0.75, 0.0]])
-    expected = experts.plain_forward(x, torch.tensor([[1, E]]), gates)
+    expected = experts.eager_forward(x, torch.tensor([[1, E]]), gates)
     for step in (experts, torch.compile(experts, fullgraph=True, dynamic=False)):
         torch.testing.assert_close(step(x, torch.tensor([[1, E]]), gates), expected)
 
@@ -74,7 +76,7 @@ def test_float64_is_computed_although_the_grouped_product_lacks_it(experts):
     experts = experts.double()
     x = torch.randn(5, experts.gate_up_proj.shape[-1], dtype=torch.float64)
     chosen, gates = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [0, 3]]), torch.rand(5, 2, dtype=torch.float64)
-    assert torch.equal(experts(x, chosen, gates), experts.plain_forward(x, chosen, gates))
+    assert torch.equal(experts(x, chosen, gates), experts.eager_forward(x, chosen, gates))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -86,14 +88,14 @@ def test_products_of_attention_are_those_of_matmul(compiling, length, dtype, mon
     query = torch.randn(2, 3, 4, 16, generator=generator).to(dtype)
     key = torch.randn(2, 3, length, 16, generator=generator).to(dtype)
     for x, y in ((query, key.transpose(2, 3)), (query @ key.transpose(2, 3), key)):
-        actual, expected = row_product(x, y), x.double() @ y.double()
+        actual, expected = matmul_of_few_rows(x, y), x.double() @ y.double()
         bound = torch.finfo(dtype).eps * x.shape[-1] * (x.double().abs() @ y.double().abs())  # of any order of the sum
         assert actual.dtype == dtype
         assert ((actual - expected).abs() <= bound).all()
 
 
 def products(module, x):
-    """The result of a compiled `projected`, and whether it called the product of torch."""
+    """The result of a compiled module within `fast_decoding`, and whether it called the product of torch."""
     graphs = []
 
     def backend(graph, inputs):
@@ -101,12 +103,13 @@ def products(module, x):
         return graph.forward
 
     torch._dynamo.reset()
-    result = torch.compile(lambda x: projected(module, x), backend=backend)(x)
-    return result, any(node.target is torch.nn.functional.linear for graph in graphs for node in graph.graph.nodes)
+    with fast_decoding():
+        result = torch.compile(module, backend=backend)(x)
+    return result, any(node.target is F.linear for graph in graphs for node in graph.graph.nodes)
 
 
 @torch.no_grad()
-def test_only_a_plain_projection_of_one_token_is_reduced():
+def test_only_a_projection_of_one_token_is_reduced():
     torch.manual_seed(0)
     plain = torch.nn.Linear(32, 48, bias=False)
     row, rows = torch.randn(1, 1, 32), torch.randn(1, 2, 32)
@@ -126,41 +129,88 @@ def test_only_a_plain_projection_of_one_token_is_reduced():
     torch.testing.assert_close(products(biased, row)[0], biased(row))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.fixture
+def model(small_config):
+    torch.manual_seed(0)
+    return Grok1ForCausalLM(small_config).eval()
+
+
 @torch.no_grad()
-def test_a_plain_step_multiplies_bfloat16_without_onednn(dtype, monkeypatch):
-    plain = torch.nn.Linear(32, 48, bias=False, dtype=dtype)
-    switches, linear = [], torch.nn.functional.linear
-
-    def watched(*args):
-        switches.append(torch.backends.mkldnn.enabled)
-        return linear(*args)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    projected(plain, torch.randn(1, 1, 32, dtype=dtype))
-    projected(plain, torch.randn(1, 2, 32, dtype=dtype))
-    assert switches == [dtype != torch.bfloat16, True]
+def test_hooks_of_all_modules_see_every_step(model):
+    """Global hooks too: the model calls its modules plainly."""
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    finally:
+        handle.remove()
+    projection = model.model.layers[0].self_attn.q_proj
+    assert sum(module is projection for module in called) == 3
 
 
-def test_the_switch_of_onednn_is_put_back(monkeypatch):
+@torch.no_grad()
+def test_fast_decoding_gives_the_tokens_of_plain_decoding(model):
+    """A hand-written loop, with and without, in float64: the products differ in the order of their sums only."""
+    model = model.double()
+
+    def decode(ids, steps=6):
+        cache, logits = None, []
+        for _ in range(steps):
+            output = model(ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+            ids = torch.cat([ids, logits[-1].argmax(dim=-1, keepdim=True)], dim=1)
+        return ids, torch.stack(logits)
+
+    prompt = torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(0))
+    plain, logits = decode(prompt)
+    with fast_decoding(model):
+        fast, fast_logits = decode(prompt)
+    assert torch.equal(fast, plain)
+    torch.testing.assert_close(fast_logits, logits, rtol=0, atol=1e-6)  # scores of attention are float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "off"), [("bfloat16", 1, True), ("bfloat16", 2, False), ("float32", 1, False)]
+)
+def test_onednn_is_switched_once_in_a_loop(model, dtype, batch, off, monkeypatch):
+    model = model.to(getattr(torch, dtype))
+    turns = []
+
+    leave, enter = ONEDNN.leave, ONEDNN.enter
+    monkeypatch.setattr(ONEDNN, "leave", lambda: turns.append("off") or leave())
+    monkeypatch.setattr(ONEDNN, "enter", lambda: turns.append("on") or enter())
+    with fast_decoding(model), torch.no_grad():
+        for _ in range(3):
+            model(torch.full((batch, 1), 5))
+    assert turns == (["off", "on"] if off else [])
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_put_back_after_an_exception(monkeypatch):
+    weight, row = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(1, 1, 8, dtype=torch.bfloat16)
     for before in (False, True):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
-        with pytest.raises(KeyError), without_onednn(), without_onednn():
+        with pytest.raises(KeyError), torch.no_grad(), fast_decoding():
+            F.linear(row, weight)
             assert not torch.backends.mkldnn.enabled
             raise KeyError
         assert torch.backends.mkldnn.enabled is before
 
 
-def test_threads_that_overlap_leave_the_switch_as_it_was():
+def test_threads_that_overlap_leave_onednn_as_it_was():
     entered, leave = threading.Event(), threading.Event()
+    weight, row = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(1, 1, 8, dtype=torch.bfloat16)
 
     def other():
-        with without_onednn():
+        with torch.no_grad(), fast_decoding():
+            F.linear(row, weight)
             entered.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with without_onednn():
+    with torch.no_grad(), fast_decoding():
+        F.linear(row, weight)
         thread.start()
         assert entered.wait(10)
     assert not torch.backends.mkldnn.enabled  # the other is inside

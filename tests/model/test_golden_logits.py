@@ -22,7 +22,7 @@ def load(folder, layout="fused", experts=None):
 def test_logits_equal_xai_everywhere(converted, reference, name, layout, experts):
     golden = reference(name, "fp32")
     model = load(converted(name, "float32"), layout, experts)
-    assert model.config._experts_implementation == (experts or "grouped_mm")
+    assert model.config._experts_implementation == (experts or "grok1")
     logits = model(golden.tokens, attention_mask=golden.attention_mask).logits
     assert logits.dtype == torch.float32
     padded = golden.attention_mask == 0

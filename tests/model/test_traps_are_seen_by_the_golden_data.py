@@ -8,7 +8,8 @@ from transformers.activations import ACT2FN
 
 from grok1.conversion import layout, names
 from grok1.conversion.convert import convert
-from modeling_grok1.modeling_grok1 import Grok1Experts, Grok1RMSNorm, Grok1TopKRouter
+from modeling_grok1 import modeling_grok1 as model_file
+from modeling_grok1.modeling_grok1 import Grok1RMSNorm, Grok1TopKRouter
 
 
 TOLERANCE = 1e-4
@@ -30,9 +31,7 @@ def load(folder):
 
 def with_activation(name):
     def patch(model, monkeypatch):
-        for module in model.modules():
-            if isinstance(module, Grok1Experts):
-                monkeypatch.setitem(module._modules, "act_fn", ACT2FN[name])
+        monkeypatch.setattr(model_file, "geglu", lambda gate, up: ACT2FN[name](gate) * up)
 
     return patch
 
@@ -70,11 +69,11 @@ def renormalised_gates(logits, x, weight, top_k):
 
 
 def hard_clamp(model, monkeypatch):
-    monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp(-1.0, 1.0))
+    monkeypatch.setattr(model_file, "soft_cap", lambda scores, cap: scores.clamp(-cap, cap))
 
 
 def no_cap(model, monkeypatch):
-    monkeypatch.setattr(torch, "tanh_", lambda x: x)
+    monkeypatch.setattr(model_file, "soft_cap", lambda scores, cap: scores)
 
 
 def eps_1e6(model, monkeypatch):

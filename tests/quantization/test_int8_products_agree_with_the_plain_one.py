@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_grok1 import quantization_grok1
-from modeling_grok1.decoding_grok1 import reduced_matmul
+from modeling_grok1.cpu_grok1 import matmul_by_reduction
 from modeling_grok1.quantization_grok1 import (
     FrozenMatmul,
     Int8Experts,
@@ -102,7 +102,7 @@ def test_the_compiled_decode_product(generator, shape, dtype):
     outputs, inputs, blocks = shape
     weight, scale = random_int8(generator, 4, outputs, inputs, blocks=blocks)
     x = torch.randn(1, inputs, generator=generator).to(dtype).expand(2, -1)
-    y = reduced_matmul(x, weight, torch.tensor([3, 1]), scale)
+    y = matmul_by_reduction(x, weight, torch.tensor([3, 1]), scale)
     assert y.dtype == dtype
     expected = torch.stack([exact(x[0], weight[3], scale[3]), exact(x[0], weight[1], scale[1])])
     assert error(y, expected) < (1e-6 if dtype == torch.float32 else 2**-8)
