@@ -9,5 +9,7 @@ def register() -> None:
 
     from modeling_grok1.configuration_grok1 import GrokConfig
 
+    from . import refusals  # noqa: F401
+
     AutoConfig.register(GrokConfig.model_type, GrokConfig, exist_ok=True)
     ModelRegistry.register_model("Grok1ForCausalLM", "grok1.engines.vllm.model:Grok1ForCausalLM")

@@ -2,8 +2,9 @@
 """Grok-1 for vLLM, on vLLM's own layers. Read it beside vllm/model_executor/models/mixtral.py; the formulas and their
 source are those of modeling_grok1/modeling_grok1.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.selector import get_attn_backend
 
+from grok1.conversion.names import LAYOUTS, hub_tensors
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -139,7 +141,9 @@ class Grok1Attention(nn.Module):
         else:
             # Zeros at the end of every head change no score, and the values' zeros are cut off again.
             extra = (0, self.kernel_head_dim - self.head_dim)
-            attn_output = self.attn(*(F.pad(x.unflatten(-1, (-1, self.head_dim)), extra).flatten(1) for x in (q, k, v)))
+            attn_output = self.attn(
+                *(F.pad(x.unflatten(-1, (-1, self.head_dim)), extra).flatten(1) for x in (q, k, v))
+            )
             attn_output = attn_output.unflatten(-1, (-1, self.kernel_head_dim))[..., : self.head_dim].flatten(1)
         output, _ = self.o_proj(attn_output)
         return output
@@ -189,15 +193,17 @@ class Grok1DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Grok1Attention(config, cache_config, quant_config, prefix=f"{prefix}.self_attn")
         self.block_sparse_moe = Grok1MoE(config, quant_config, prefix=f"{prefix}.block_sparse_moe")
-        for name in ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"):
-            setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float32))
+        self.pre_attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float32)
+        self.post_attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float32)
+        self.pre_moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float32)
+        self.post_moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float32)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         # Not the fused addition: it would normalise a sum that is not rounded to the compute dtype yet.
-        hidden_states = hidden_states + self.post_attn_norm(
-            self.self_attn(positions, self.pre_attn_norm(hidden_states))
-        )
-        return hidden_states + self.post_moe_norm(self.block_sparse_moe(self.pre_moe_norm(hidden_states)))
+        attn_output = self.self_attn(positions, self.pre_attn_norm(hidden_states))
+        hidden_states = hidden_states + self.post_attn_norm(attn_output)
+        moe_output = self.block_sparse_moe(self.pre_moe_norm(hidden_states))
+        return hidden_states + self.post_moe_norm(moe_output)
 
 
 @support_torch_compile
@@ -219,7 +225,7 @@ class Grok1Model(nn.Module):
             ["hidden_states"], config.hidden_size
         )
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.embed_tokens(input_ids) * self.embedding_multiplier
 
     def forward(
@@ -241,6 +247,11 @@ class Grok1Model(nn.Module):
         return self.norm(hidden_states)
 
 
+def modules_with_weights(config: GrokConfig, layout: str) -> set[str]:
+    """Every module that has weights in a checkpoint, in any format (`weight`, `weight_packed`)."""
+    return {name.rpartition(".")[0] for name in hub_tensors(config, layout)}
+
+
 class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     fall_back_to_pt_during_load = False
 
@@ -252,7 +263,7 @@ class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             ".v_proj": (".qkv_proj", "v"),
         }
     )
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -270,6 +281,10 @@ class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=rounded(config.output_multiplier_scale))
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        # What the first load has to bring. Later ones, such as a trainer's, may bring some of the weights.
+        self.missing = modules_with_weights(config, "hub") - {"lm_head"}
+        if vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter:
+            self.missing.clear()
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -287,4 +302,29 @@ class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loader = AutoWeightsLoader(self)
+        return loader.load_weights(self.checked(weights), mapper=self.hf_to_vllm_mapper)
+
+    def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass the weights on. vLLM's loader puts the experts of another layout in the wrong place, and does not miss
+        those of a shard that is not there.
+
+        Raises:
+            ValueError: a weight of another layout, or weights that are missing at the end of the first load.
+        """
+        modules = {layout: modules_with_weights(self.config, layout) for layout in LAYOUTS}
+        for name, weight in weights:
+            module = name.rpartition(".")[0]
+            if module not in modules["hub"]:
+                layout = next((layout for layout in LAYOUTS if module in modules[layout]), "unknown")
+                raise ValueError(
+                    f"{name} is a weight in the layout {layout!r}; vLLM serves Grok-1 from the layout 'hub', the "
+                    "default of `grok1 convert`, which `grok1 adopt FOLDER NEW_FOLDER` makes of 'hpcai' and 'keyfan'."
+                )
+            self.missing.discard(module)
+            yield name, weight
+        if self.missing:
+            raise ValueError(
+                f"This folder has no weights for {len(self.missing)} of Grok-1's modules, such as "
+                f"{min(self.missing)}: complete the download, or convert the checkpoint again."
+            )
