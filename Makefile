@@ -2,10 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-LATEST = .cache/latest
 LAYOUT = .cache/layout
 
-.PHONY: help demo test check test-slow test-latest bench bench-convert conformance interop clean
+.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -29,22 +28,23 @@ check: $(VENV)/.installed layout  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(LAYOUT)
 
-test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small files to run those that need them)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+test: $(VENV)/.installed check  ## the tests (TESTS=tests/... for some of them; set GROK1_ASSETS to xAI's small files to run those that need them)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
 
-test-latest:     ## the tests with the newest Transformers that the package index serves (TESTS=... for some of them)
-	$(PYTHON) -m venv $(LATEST)
-	$(LATEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(LATEST)/bin/python -m pip install --quiet --upgrade transformers
-	@found=$$($(LATEST)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
-	pinned=$$(sed -n 's/^transformers==//p' constraints.txt); \
-	echo "newest transformers: $$found, pinned: $$pinned"; \
-	GROK1_UNTESTED_TRANSFORMERS=$$found OMP_NUM_THREADS=1 \
-		$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS); \
-	result=$$?; echo "transformers $$found: pytest exit status $$result"; exit $$result
+# What must hold with every version of Transformers in the tested range: the numbers, generation, loading and saving.
+CORE = tests/model/test_golden_logits.py tests/generation/test_generation_equals_plain_pytorch.py \
+	tests/generation/test_generation_caches_of_every_name.py tests/generation/test_generation_continuous_batching.py \
+	tests/loading/test_layouts_load_and_save.py tests/quantization/test_int8_loads_saves_and_dequantises.py \
+	tests/training/test_trainer_checkpoints_are_resumed_whole.py tests/loading/test_versions_and_engines_that_would_be_wrong.py
+MATRIX = 5.21.1 5.22.2 5.23.0 5.24.0
+
+test-matrix: $(MATRIX:%=test-transformers-%)  ## the core of the suite with each Transformers of the tested range
+test-transformers-%: $(VENV)/.installed
+	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
+	PYTHONPATH=.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
