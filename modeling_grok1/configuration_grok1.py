@@ -2,6 +2,7 @@
 """Grok-1's configuration. The defaults are the released 314B model."""
 
 import math
+import sys
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -194,6 +195,12 @@ class GrokConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = ["Grok1ForCausalLM"]
+        if "transformers.pipelines" in sys.modules:
+            # `pipeline("text-generation", FOLDER)` takes its class right after it has read the configuration, before
+            # the model's code is there. Registered here only then: importing the pipelines takes seconds.
+            from .pipeline_grok1 import register_text_generation
+
+            register_text_generation()
 
     def validate_architecture(self):
         """Refuse, all in one ValueError, what the model does not implement and what cannot be built."""

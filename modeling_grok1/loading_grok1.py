@@ -27,8 +27,11 @@ from transformers.utils import logging
 from .configuration_grok1 import GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
+from .pipeline_grok1 import register_text_generation
 from .quantization_grok1 import QUANT_METHOD  # importing it registers xAI's int8 with Transformers
 
+
+register_text_generation()
 
 logger = logging.get_logger(__name__)
 

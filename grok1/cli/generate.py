@@ -28,10 +28,10 @@ def generate_command(
 
     import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, TextStreamer, set_seed
 
     from grok1.errors import ConversionError
-    from grok1.serving.text_streaming import LineTextStreamer
+    from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
     problems = [
         f"--{name}: has no effect on greedy decoding; give a --temperature above 0"
@@ -49,7 +49,8 @@ def generate_command(
         raise ConversionError("Cannot generate.", problems, step)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ConversionError("Cannot generate.", ["prompt: expected text, found none"])
@@ -71,11 +72,12 @@ def generate_command(
     if compiled:
         speed = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
         speed["compile_config"]._compile_all_devices = True  # a CPU too
+    typer.echo(prompt, nl=False)
     start = time.perf_counter()
     output = model.generate(
         **inputs.to(model.device),
         max_new_tokens=max_new_tokens,
-        streamer=LineTextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=TextStreamer(continuation_tokenizer(tokenizer), skip_prompt=True, skip_special_tokens=True),
         **sampling,
         **speed,
     )

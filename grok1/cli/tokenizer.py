@@ -16,9 +16,17 @@ def tokenizer_command(
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
     ] = None,
+    continuations: Annotated[
+        bool,
+        typer.Option(
+            "--continuations",
+            help="Decode additively: a completion decoded by itself keeps its first space, "
+            "and a whole text gets one in front.",
+        ),
+    ] = False,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, id for id as SentencePiece, beside a copy of the model."""
     from grok1.conversion.tokenizer import convert_tokenizer
 
-    convert_tokenizer(tokenizer_model, out, vocab_size)
+    convert_tokenizer(tokenizer_model, out, vocab_size, continuations=continuations)
     typer.echo(f"{out}: tokenizer.model, tokenizer.json, tokenizer_config.json")

@@ -5,7 +5,7 @@ The routes, the handlers and the generation are those of `transformers serve`. W
 - one model, under its folder's name or path; any other name is refused and nothing is ever downloaded
 - a prompt beyond the context is refused, an answer ends with the context
 - a chat without a chat template is refused with the way out: Grok-1 is a base model
-- a completion keeps the space that it begins with
+- an answer is decoded as the continuation of its prompt: it keeps the space that it begins with
 - a temperature above 0 samples, and with continuous batching every request has its own
 - a parameter that the server would leave out of account is refused
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import signal
 import socket
 import threading
@@ -27,14 +26,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError, TemplateSyntaxError
 from starlette.exceptions import HTTPException as AnyHTTPException
-from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
-    TokenizersBackend,
 )
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -51,6 +48,7 @@ from transformers.cli.serving.utils import (
     GenerationState,
 )
 
+from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
 
@@ -122,7 +120,7 @@ class FolderManager(ModelManager):
     def shutdown(self) -> None:
         """Nothing: the model stays until the process ends, whoever posts to /reset."""
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self) -> list[dict[str, Any]]:
         created = int((self.folder / "config.json").stat().st_mtime)
         return [{"id": self.name, "object": "model", "created": created, "owned_by": "local"}]
 
@@ -139,8 +137,7 @@ class FolderManager(ModelManager):
                 raise ValueError(f"{self.chat_template}, line {error.lineno}: {error.message}") from None
             except TemplateError:
                 pass  # the template wants another kind of chat
-        self.continuing_tokenizer = continuing_tokenizer(tokenizer)
-        return tokenizer
+        return continuation_tokenizer(tokenizer)  # an answer continues its prompt
 
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
         # Transformers' own looks the architecture up among its own classes only.
@@ -155,18 +152,6 @@ class FolderManager(ModelManager):
             device_map=self.device,
             **options,
         )
-
-
-def continuing_tokenizer(tokenizer: TokenizersBackend) -> TokenizersBackend:
-    """A copy whose `decode` keeps a first space: only a whole text begins with SentencePiece's dummy prefix, and what
-    continues a prompt does not."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    decoder = description["decoder"] or {}
-    if "decoders" in decoder:
-        decoder["decoders"] = [step for step in decoder["decoders"] if step["type"] != "Strip"]
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.decoder = Tokenizer.from_str(json.dumps(description)).decoder
-    return tokenizer
 
 
 class FitsInContext(BaseGenerateManager):
@@ -362,9 +347,7 @@ class OneModel(BaseHandler):
 
 
 class Completions(OneModel, CompletionHandler):
-    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
-        model_id, model, _ = super()._resolve_model(body)
-        return model_id, model, self.model_manager.continuing_tokenizer
+    pass
 
 
 def is_message(message: Any) -> bool:

@@ -47,14 +47,13 @@ def test_demo_prints_verbatim_passages_and_the_experts():
     assert output.count("word for word") == 4
     assert "8 of 8 passages word for word" in output
     assert "tokens/s" in output and " MB" in output
-    assert output.count("layer ") == 6
+    assert output.count("layer ") == 4
 
 
 def test_demo_keeps_the_folder_when_asked(tmp_path):
     grok1("demo", "--out", tmp_path / "kept")
-    assert grok1("generate", tmp_path / "kept", OPENING, "--max-new-tokens", 20).startswith(
-        OPENING + "\nMade glorious"
-    )
+    said = grok1("generate", tmp_path / "kept", OPENING, "--max-new-tokens", 20)
+    assert said.startswith(OPENING + " discontent\nMade glorious")
     assert "kept" in grok1("demo", "--out", tmp_path, code=2)  # not empty
 
 

@@ -1,6 +1,7 @@
 """`grok1 serve` as a command: it starts, it ends when it is told to, and bad input is one sentence and exit code 2."""
 
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import grok1.serving.server
 from grok1.cli import app
 from grok1.conversion.convert import convert
+from grok1.conversion.tokenizer import convert_tokenizer
 from grok1.serving.server import InOrder
 from modeling_grok1 import Grok1Int8Config
 
@@ -151,12 +153,15 @@ def test_options_reach_the_batches(folder, started):
     assert generation._cb_config.num_blocks is None and generation._cb_config.max_memory_percent == 0.01
 
 
-def test_transformers_serve_itself_reads_the_folder(folder):
-    """Without this package: the code beside the weights is enough."""
-    serve = (sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder))
+def test_transformers_serve_itself_reads_the_folder(folder, tmp_path):
+    """Without this package: the code beside the weights is enough, and a tokenizer made for continuations."""
+    shutil.copytree(folder, tmp_path / "folder")
+    convert_tokenizer(folder / "tokenizer.model", tmp_path / "folder", continuations=True)
+    command_line = "from transformers.cli.transformers import main; main()"
+    serve = (sys.executable, "-c", command_line, "serve", str(tmp_path / "folder"))
     arguments = (*serve, "--trust-remote-code", "--port", "0", "--device", "cpu")
     with command(*arguments, address=r"http://localhost:\d+") as (_, address):
-        opening = PASSAGES[0][:35]
+        opening = "Now is the winter of our"
         body = {"prompt": opening, "max_tokens": 20, "temperature": 0}
         answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=60).json()
-    assert PASSAGES[0][35:].startswith(answer["choices"][0]["text"])
+    assert PASSAGES[0].removeprefix(opening).startswith(answer["choices"][0]["text"])
