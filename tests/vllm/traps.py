@@ -90,3 +90,36 @@ def put(model, trap):
 def undo(model):
     for thing, name, value in reversed(model.undo):
         setattr(thing, name, value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Looking on
+# --------------------------------------------------------------------------------------------------------------------
+def scalars(model):
+    """The rounded multipliers, and the dtypes of norm and router weights."""
+    weights = [norm.weight for layer in model.model.layers for norm in norms(layer)]
+    weights += [layer.block_sparse_moe.gate(torch.eye(model.config.hidden_size))[0] for layer in model.model.layers]
+    return {
+        "embedding": model.model.embedding_multiplier,
+        "output": model.logits_processor.scale,
+        "dtypes": sorted({str(weight.dtype) for weight in [*weights, model.model.norm.weight]}),
+    }
+
+
+def watch(model):
+    """Keep what attention, experts and norms read and write in the next forward pass."""
+    model.seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            model.seen.setdefault(name, (args[-1].clone(), output.clone()))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn", "block_sparse_moe", "norm")):
+            module.register_forward_hook(keep(name))
+
+
+def watched(model):
+    return model.seen
