@@ -77,7 +77,9 @@ def adapter(folder: Path, out: Path, tokenizer) -> dict:
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
-    ids = torch.tensor([tokenizer.encode("Now is the winter of our paged attention, and of the blocks that it holds.")])
+    ids = torch.tensor(
+        [tokenizer.encode("Now is the winter of our paged attention, and of the blocks that it holds.")]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
     for _ in range(40):

@@ -1,6 +1,7 @@
 """bfloat16 through vLLM is as near to xAI's float32 as xAI's own bfloat16 is, within a factor, and each module is as
 near to exact arithmetic as plain bfloat16 rounding."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import traps
-from conftest import DATA, engine, log_probs
+from engines import DATA, engine, log_probs
 from safetensors.torch import load_file
 
 from modeling_grok1.configuration_grok1 import GrokConfig
@@ -19,8 +20,9 @@ def root_mean_square(error: np.ndarray | torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def run(xai) -> dict[str, Any]:
+def run(xai, tmp_path_factory) -> dict[str, Any]:
     """Errors of both golden checkpoints, and what each module of tiny-8 read and wrote."""
+    file = tmp_path_factory.mktemp("modules") / "seen.pt"
     found: dict[str, Any] = {"ours": [], "theirs": []}
     for name in ("tiny-1", "tiny-8"):
         rows, exact = xai(name, "fp32")
@@ -31,7 +33,8 @@ def run(xai) -> dict[str, Any]:
                 found["scalars"] = llm.apply_model(traps.scalars)[0]
                 llm.apply_model(traps.watch)
                 log_probs(llm, rows[:1])
-                found["modules"] = llm.apply_model(traps.watched)[0]
+                llm.apply_model(partial(traps.save_watched, file=str(file)))
+                found["modules"] = torch.load(file)
     return found
 
 

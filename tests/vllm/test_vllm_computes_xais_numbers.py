@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import traps
-from conftest import engine, greedy, log_probs
+from engines import engine, greedy, log_probs
 
 
 FROM_XAI, FROM_TRANSFORMERS = 2e-4, 1e-4

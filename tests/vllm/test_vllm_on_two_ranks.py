@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from conftest import engine, greedy, log_probs
+from engines import engine, greedy, log_probs
 
 
 TWO = {
     "tensor": {"tensor_parallel_size": 2},
-    # Not eager: vLLM's runner allocates what a later stage receives in a warm-up that it leaves out for eager models on
-    # a CPU, and then ends at `assert self.intermediate_tensors is not None`, for its own Mixtral too.
+    # Not eager: vLLM's runner allocates what a later stage receives in a warm-up, which it leaves out for eager models
+    # on a CPU. Then it ends at `assert self.intermediate_tensors is not None`, for its own Mixtral too.
     "pipeline": {
         "pipeline_parallel_size": 2,
         "enforce_eager": False,

@@ -1,17 +1,19 @@
-"""The demo in vLLM's offline `LLM`, compiled as vLLM does by default: words, batches, chunks, sampling, stop strings."""
+"""The demo in vLLM's offline `LLM`, compiled by default: words, batches, chunks, samples, stop strings."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import engine, greedy, log_probs
+from engines import engine, greedy, log_probs
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Any]:
     """A passage of 100 tokens and more takes several steps of at most 64 (chunked prefill)."""
-    with engine("demo-float32", max_model_len=512, max_num_batched_tokens=64, max_num_seqs=32, enforce_eager=False) as llm:
+    with engine(
+        "demo-float32", max_model_len=512, max_num_batched_tokens=64, max_num_seqs=32, enforce_eager=False
+    ) as llm:
         yield llm
 
 

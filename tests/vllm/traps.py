@@ -1,5 +1,5 @@
-"""What other ports compute otherwise, put into vLLM's live model: each trap names (object, attribute, value) of a layer,
-or of the whole model. These functions run in the engine's process."""
+"""What other ports compute otherwise, put into vLLM's live model: each trap names (object, attribute, value) of a
+layer, or of the whole model. These functions run in the engine's process."""
 
 import torch
 
@@ -121,5 +121,5 @@ def watch(model):
             module.register_forward_hook(keep(name))
 
 
-def watched(model):
-    return model.seen
+def save_watched(model, file):
+    torch.save(model.seen, file)
