@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
 """
-The int8 matrix product of quantization_grok1.py as one Triton kernel: the weight is read as int8 and becomes a float
-in registers. Importing this file raises ImportError where Triton is not installed.
+The int8 matrix product of int8_grok1.py as a Triton kernel: the weight is read as int8 and dequantised in registers.
+Importing this file raises ImportError where Triton is not installed.
 
-Letters as in quantization_grok1.py: S rows in order of their expert, E experts, N outputs, K inputs, G scale blocks.
+Letters as in int8_grok1.py: S rows in order of their expert, E experts, N outputs, K inputs, G scale blocks.
 """
 
 try:
@@ -30,7 +30,7 @@ def int8_matmul_kernel(
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
 ):
-    # Which expert's rows this program multiplies: the tiles of an expert follow those of the experts before it.
+    # Find the expert whose rows this program multiplies. Tiles are numbered expert by expert.
     tile = tl.program_id(0)
     zero = tile * 0
     expert, first, last, start, tiles = zero - 1, zero, zero, zero, zero
@@ -91,13 +91,13 @@ def int8_grouped_matmul(
     y = x.new_zeros(S, N)
     if S == 0:
         return y
-    # A few rows are one narrow tile an expert, so that each chosen matrix is read once.
+    # Few rows fit into one narrow tile per expert, so that each chosen matrix is read once.
     few = S <= 16 * E
     block_s, block_n, block_k = (16, 32, 256) if few else (64, 128, 64)
     if x.dtype == torch.float32:
         block_k //= 2
     block_k = min(block_k, max(16, triton.next_power_of_2(group)))
-    # Every expert's rows begin a tile of their own: at most E tiles more than rows would fill.
+    # The rows of each expert start a new tile: at most E - 1 tiles more than all rows would fill.
     tiles = min(S, triton.cdiv(S, block_s) + E - 1)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         int8_matmul_kernel[(tiles, triton.cdiv(N, block_n))](

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, StaticCache
 
 from modeling_grok1 import Grok1ForCausalLM, Grok1Int8Config
-from modeling_grok1.quantization_grok1 import Int8Experts, Int8Linear
+from modeling_grok1.int8_grok1 import Int8Experts, Int8Linear
 
 
 @pytest.fixture(autouse=True)

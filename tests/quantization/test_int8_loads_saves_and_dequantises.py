@@ -17,8 +17,9 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.accelerate import compute_module_sizes
 
 from modeling_grok1 import Grok1ForCausalLM, Grok1Int8Config
+from modeling_grok1.int8_grok1 import Int8Experts, Int8Linear
 from modeling_grok1.modeling_grok1 import Grok1Experts, Grok1LinearExperts
-from modeling_grok1.quantization_grok1 import Grok1Int8Quantizer, Int8Experts, Int8Linear
+from modeling_grok1.quantization_grok1 import Grok1Int8Quantizer
 
 
 LAYOUTS = ["fused", "linear"]
@@ -248,7 +249,7 @@ def test_the_modules_are_int8(converted):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reading_the_numbers_without_their_scales_is_refused(converted, layout):
-    with pytest.raises(ValueError, match=r"holds int8 weights with scales .* leave `quantization_config=None` out"):
+    with pytest.raises(ValueError, match=r"holds quantised weights with scales .* leave `quantization_config=None`"):
         AutoModelForCausalLM.from_pretrained(
             converted("tiny-8", "int8"), quantization_config=None, experts_layout=layout
         )

@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_grok1 import quantization_grok1
+from modeling_grok1 import int8_grok1
 from modeling_grok1.cpu_grok1 import matmul_by_reduction
-from modeling_grok1.quantization_grok1 import (
+from modeling_grok1.int8_grok1 import (
     FrozenMatmul,
     Int8Experts,
     dequantise,
     grouped_matmul,
     int8_matmul,
-    packed_matmul,
+    int8pack_matmul,
     plain_matmul,
     quantise,
 )
@@ -56,7 +56,7 @@ def test_dequantise_is_the_exact_product_rounded_once(generator):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("piece", [1, 1000, 2**20])
 def test_the_plain_product_in_pieces_of_any_size(generator, monkeypatch, shape, piece):
-    monkeypatch.setattr(quantization_grok1, "PIECE", piece)
+    monkeypatch.setattr(int8_grok1, "DEQUANTISED_ELEMENTS", piece)
     outputs, inputs, blocks = shape
     weight, scale = random_int8(generator, outputs, inputs, blocks=blocks)
     x = torch.randn(5, inputs, generator=generator)
@@ -75,7 +75,7 @@ def test_the_packed_product_also_of_a_memory_mapped_weight(generator, shape, row
     moved = memory[start : start + weight.numel()].view_as(weight).copy_(weight)
     assert moved.data_ptr() % 16 == offset
     x = torch.randn(rows, inputs, generator=generator).bfloat16()
-    y = packed_matmul(x, moved, scale)
+    y = int8pack_matmul(x, moved, scale)
     assert y.dtype == torch.bfloat16
     assert error(y, exact(x, weight, scale)) < 2**-8
 
@@ -84,7 +84,7 @@ def test_the_packed_product_of_rows_that_begin_anywhere(generator):
     weight, scale = random_int8(generator, 16, 64, blocks=1)
     x = torch.randn(4 * 64 + 1, generator=generator).bfloat16()[1:].view(4, 64)
     assert x.data_ptr() % 16 != 0
-    assert error(packed_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-8
+    assert error(int8pack_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-8
 
 
 @pytest.mark.parametrize("inputs", [16, 24, 40, 44, 100])

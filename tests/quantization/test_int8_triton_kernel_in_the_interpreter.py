@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from modeling_grok1.quantization_grok1 import dequantise
+from modeling_grok1.int8_grok1 import dequantise
 
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")

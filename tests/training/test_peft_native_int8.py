@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_grok1.quantization_grok1 import Int8Linear
+from modeling_grok1.int8_grok1 import Int8Linear
 
 
 peft = pytest.importorskip("peft")
