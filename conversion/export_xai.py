@@ -38,7 +38,8 @@ from grok1.conversion.xai.checkpoint import RawArray, count_nonfinite
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
 from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.quantization_grok1 import dequantise, quantise
+from modeling_grok1.packing_grok1 import quantise_int8
+from modeling_grok1.quantized_grok1 import dequantise
 
 
 FOLDER_NAME = "ckpt-0"
@@ -314,7 +315,7 @@ class _Writer:
     ) -> None:
         """Rows (out, in) of the folder to columns of the matrix and of the expert's scales (G, out)."""
         rows = _float_rows(file.weights[expert], start, stop)
-        values, scale = quantise(rows, scales.shape[1])
+        values, scale = quantise_int8(rows, scales.shape[1])
         # NaN and infinity are carried into the largest value of their block.
         if not torch.isfinite(scale).all():
             raise ConversionError(

@@ -24,15 +24,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from .configuration_grok1 import GrokConfig
 from .experts_grok1 import geglu, routed_sum
-from .int8_grok1 import grouped_matmul
-from .quantization_grok1 import QUANT_METHOD, Grok1Int8Quantizer
+from .packing_grok1 import unpack
+from .quantization_grok1 import INT4, INT8, Grok1Quantizer, quantization_method
+from .quantized_grok1 import form_for_device, quantised_matmul
 
 
 CPU, DISK = "cpu", "disk"
 
 EXPERT_TENSOR = re.compile(r"layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(\w+)$")
 # https://github.com/huggingface/safetensors#format
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 READ_SIZE = 2**24
@@ -130,6 +131,7 @@ class ExpertStore:
             layers in whole experts, and each layer keeps its own most recent ones: a decoder runs its layers in a
             cycle, and one cache for all layers would evict every expert shortly before its next use.
         read_ahead (`int`): experts to read while one is computed.
+        bits (`int`, *optional*): bits of packed weights (packing_grok1.py); None where they are floats.
 
     Attributes:
         bytes_fetched (`int`): bytes read from disk or from host memory.
@@ -143,11 +145,13 @@ class ExpertStore:
         place: str,
         cache_bytes: int = 0,
         read_ahead: int = 2,
+        bits: int | None = None,
     ):
         self.experts = experts
         self.place = place
         self.cache_bytes = cache_bytes
         self.read_ahead = read_ahead
+        self.bits = bits
         self.layers = sorted({layer for layer, _ in experts})
         self.start()
 
@@ -167,7 +171,9 @@ class ExpertStore:
             self.in_memory = dict(zip(locations, self.pool.map(read_tensor, locations), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("experts", "place", "cache_bytes", "read_ahead", "layers")}
+        return {
+            name: getattr(self, name) for name in ("experts", "place", "cache_bytes", "read_ahead", "bits", "layers")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,17 +195,18 @@ class ExpertStore:
         """
         if not files or not files[0].endswith(".safetensors"):
             raise ValueError("`experts_on` reads the experts from safetensors files, and this checkpoint has none.")
-        blocks = None
-        if isinstance(load_config.hf_quantizer, Grok1Int8Quantizer):
-            if not load_config.hf_quantizer.pre_quantized:
+        form = None
+        quantizer = load_config.hf_quantizer
+        if isinstance(quantizer, Grok1Quantizer):
+            form = quantizer.quantization_config.source
+            if form is None or form[0] != quantizer.quantization_config.bits:
                 raise ValueError(
                     "`experts_on` reads the experts as the checkpoint stores them and does not quantise them: write "
-                    "an int8 folder with `grok1 convert`, or leave `quantization_config` out."
+                    "an int8 or int4 folder with `grok1 convert`, or leave `quantization_config` out."
                 )
-            blocks = load_config.hf_quantizer.quantization_config.scale_blocks
         renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), blocks)
-        return cls(experts, place, cache_bytes, read_ahead=config.num_experts_per_tok)
+        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), form)
+        return cls(experts, place, cache_bytes, config.num_experts_per_tok, form[0] if form else None)
 
     def read(self, at: TensorLocation, stage: bool) -> torch.Tensor:
         """One tensor in host memory, in a buffer of `staging` if `stage`. Every access to the experts is made here."""
@@ -246,6 +253,8 @@ class ExpertStore:
                 }
                 if stage:
                     self.give_back(host.values())
+                if self.bits is not None:
+                    tensors = unpacked(tensors, self.bits)
                 self.keep(layer, expert, tensors)
             request_next()
             yield expert, tensors
@@ -286,8 +295,18 @@ class ExpertStore:
                 self.cached_bytes += nbytes
 
 
+def unpacked(tensors: Expert, bits: int) -> Expert:
+    """The weights and scales of an expert in the form that products on their device read, from packed ones."""
+    output: Expert = {}
+    for matrix in ("w1", "w2", "w3"):
+        packed, scale = tensors[f"{matrix}.weight_packed"], tensors[f"{matrix}.weight_scale"]
+        weight, scale = form_for_device(unpack(packed, 8) if bits == 8 else packed, scale)
+        output |= {f"{matrix}.weight": weight, f"{matrix}.weight_scale": scale}
+    return output
+
+
 def is_cast(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is cast to the dtype of the computation; int8 weights and scales are not."""
+    """Whether a tensor is cast to the dtype of the computation; scales are not."""
     return tensor.is_floating_point() and name.endswith(".weight")
 
 
@@ -296,7 +315,7 @@ def size_of(tensors: Expert) -> int:
 
 
 def find_experts(
-    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str], blocks: int | None = None
+    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str], form: tuple[int, int] | None = None
 ) -> dict[tuple[int, int], dict[str, TensorLocation]]:
     """
     The location of every matrix of every expert.
@@ -304,7 +323,7 @@ def find_experts(
     Args:
         files: paths of safetensors files.
         rename: from the name of a tensor in the files to its name in the model.
-        blocks: scale blocks per row of `w2` where the experts are int8.
+        form: the bits and the group size of packed experts; None where they are floats.
 
     Raises:
         ValueError: the files do not hold one tensor per matrix, or not all of them, or not in the config's shapes; all
@@ -319,8 +338,12 @@ def find_experts(
 
     D, F_ = config.hidden_size, config.intermediate_size  # noqa: N806
     shapes: dict[str, tuple[int, ...]] = {"w1.weight": (F_, D), "w3.weight": (F_, D), "w2.weight": (D, F_)}
-    if blocks is not None:
-        shapes |= {"w1.weight_scale": (F_, 1), "w3.weight_scale": (F_, 1), "w2.weight_scale": (D, blocks)}
+    if form is not None:
+        bits, group_size = form
+        matrices, shapes = shapes, {}
+        for name, (rows, inputs) in matrices.items():
+            shapes[f"{name}_packed"] = (rows, inputs * bits // 32)
+            shapes[f"{name}_scale"] = (rows, inputs // group_size)
     problems = []
     for layer in range(config.num_hidden_layers):
         for expert in range(config.num_experts):
@@ -331,7 +354,7 @@ def find_experts(
                     problems.append(f"{at}: missing")
                 elif tensors[name].shape != shape:
                     problems.append(f"{at}: expected the shape {shape}, found {tensors[name].shape}")
-                elif (tensors[name].dtype == torch.int8) != (blocks is not None and name.endswith("weight")):
+                elif (tensors[name].dtype == torch.int32) != name.endswith("_packed"):
                     problems.append(f"{at}: unexpected dtype {tensors[name].dtype}")
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
@@ -339,15 +362,17 @@ def find_experts(
             "`experts_on` reads each matrix of each expert from the checkpoint's safetensors files, which do not hold "
             f"them so: {shown}. Load without `experts_on`, or write the folder with `grok1 convert`."
         )
-    return {key: tensors for key, tensors in found.items() if key[0] < config.num_hidden_layers}
+    return {
+        key: {name: tensors[name] for name in shapes}
+        for key, tensors in found.items()
+        if key[0] < config.num_hidden_layers
+    }
 
 
 def multiply(x: torch.Tensor, expert: Expert, matrix: str) -> torch.Tensor:
-    """x times the transpose of a matrix of the expert, which is int8 if it has scales."""
+    """x times the transpose of a matrix of the expert, which is quantised if it has scales."""
     weight, scale = expert[f"{matrix}.weight"], expert.get(f"{matrix}.weight_scale")
-    if scale is None:
-        return F.linear(x, weight)
-    return grouped_matmul(x, weight[None], scale[None], torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device))
+    return F.linear(x, weight) if scale is None else quantised_matmul(x, weight, scale)
 
 
 class Grok1OffloadedExperts(nn.Module):
@@ -386,15 +411,11 @@ def check_offloading(
     if experts_on is None and expert_cache is not None:
         problems.append("`expert_cache` keeps experts of `experts_on='cpu'` or `'disk'` on the device: give both")
     if experts_on is not None:
-        quantization = getattr(config, "quantization_config", None)
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        else:
-            method = getattr(quantization, "quant_method", None)
-        if method not in (None, QUANT_METHOD):
+        method = quantization_method(config)
+        if method not in (None, INT8, INT4):
             problems.append(
                 "`experts_on` reads the experts as the checkpoint stores them, which quantisation by "
-                f"{str(getattr(method, 'value', method))!r} does not: leave out one of the two"
+                f"{method!r} does not: leave out one of the two"
             )
         if experts_layout == "fused":
             problems.append("`experts_on` reads experts one matrix at a time: leave `experts_layout='fused'` out")
