@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 import grok1
 from modeling_grok1 import Grok1Int8Config, GrokConfig
 from modeling_grok1.experts_grok1 import geglu
-from modeling_grok1.int8_grok1 import Int8Experts, Int8Linear, dequantise
+from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear, dequantise
 
 
 SIZES = {
@@ -122,7 +122,7 @@ def as_jax():
         one_hot = nn.functional.one_hot(chosen, self.num_experts).to(x.dtype)  # N k E
         return torch.einsum("end,nke,nk->nd", y, one_hot, gates)
 
-    with mock.patch.multiple(Int8Linear, forward=linear), mock.patch.multiple(Int8Experts, forward=experts):
+    with mock.patch.multiple(QuantizedLinear, forward=linear), mock.patch.multiple(QuantizedExperts, forward=experts):
         yield
 
 

@@ -10,6 +10,7 @@ the method in its own copy of the config, when it is loaded; what is saved has t
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +78,11 @@ class Grok1Int8Config(PackedConfig):
         scale_blocks (`int`): scale blocks per row of `o_proj` and of the experts' down projection (8 in the release)
             where floating weights are quantised; the other matrices have one scale per row.
         group_size (`int`, *optional*): inputs per scale in the folder that the model saves: the scale of a block is
-            repeated for its groups. By default the largest of 128, 64, 32, 16 and 8 that divides all blocks; engines
-            have kernels for the first three.
+            repeated for its groups. By default the largest power of two, up to 128, that divides all blocks; engines have
+            kernels for 128, 64 and 32.
 
     Raises:
-        ValueError: an argument is not a positive integer, `group_size` is no multiple of 8, or `quant_method` names
-            another method.
+        ValueError: an argument is not a positive integer, or `quant_method` names another method.
     """
 
     scale_blocks: int = 8
@@ -94,7 +94,7 @@ class Grok1Int8Config(PackedConfig):
     def __post_init__(self):
         check_positive("scale_blocks", self.scale_blocks)
         if self.group_size is not None:
-            check_positive("group_size", self.group_size, 8)
+            check_positive("group_size", self.group_size)
         if self.quant_method != INT8:
             raise ValueError(f"`quant_method`: expected {INT8!r}, found {self.quant_method!r}.")
 
@@ -265,13 +265,7 @@ class WritePacked(ConversionOps):
         N, K = outputs_and_inputs(weight)  # noqa: N806
         if weight.dtype != torch.int8:
             weight, scale = as_in_files(weight, scale)
-        group_size = self.hf_quantizer.quantization_config.group_size
-        if group_size is None:
-            raise ValueError(
-                "The int8 weights cannot be saved: a folder has one scale per group of inputs, and 8, the smallest "
-                f"group, does not divide every scale block; a matrix of {K} inputs has {scale.shape[-1]}."
-            )
-        scale = repeat_scales(scale, K // group_size)
+        scale = repeat_scales(scale, K // self.hf_quantizer.quantization_config.group_size)
         names = [pattern.removesuffix("_packed") for pattern in target_patterns if pattern.endswith("_packed")]
         experts = zip(weight, scale, strict=True) if weight.ndim == 3 else [(weight, scale)]
         output: dict[str, torch.Tensor] = {}
@@ -456,9 +450,8 @@ def blocks_by_inputs(config: Any, quantization: Grok1Int8Config | Grok1Int4Confi
     if problems:
         raise ValueError("The quantised weights cannot be loaded: " + "; ".join(problems) + ".")
     if quantization.group_size is None:
-        block_sizes = [size // found[name] for name, (_, size) in inputs.items()]
-        candidates = (*GROUP_SIZES, 16, 8)
-        quantization.group_size = next((n for n in candidates if all(size % n == 0 for size in block_sizes)), None)
+        block_sizes = (size // found[name] for name, (_, size) in inputs.items())
+        quantization.group_size = math.gcd(GROUP_SIZES[0], *block_sizes)
     return found
 
 

@@ -85,6 +85,10 @@ def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
         out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
         convert(golden / name, out, dtype=dtype, no_tokenizer=True)
+        if dtype == "int8":
+            from packed_folders import pack_int8_folder
+
+            return pack_int8_folder(out, out.with_name("packed"))
         return out
 
     return folder
