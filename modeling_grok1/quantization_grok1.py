@@ -78,8 +78,8 @@ class Grok1Int8Config(PackedConfig):
         scale_blocks (`int`): scale blocks per row of `o_proj` and of the experts' down projection (8 in the release)
             where floating weights are quantised; the other matrices have one scale per row.
         group_size (`int`, *optional*): inputs per scale in the folder that the model saves: the scale of a block is
-            repeated for its groups. By default the largest power of two, up to 128, that divides all blocks; engines have
-            kernels for 128, 64 and 32.
+            repeated for its groups. By default the largest power of two, up to 128, that divides all blocks; engines
+            have kernels for 128, 64 and 32.
 
     Raises:
         ValueError: an argument is not a positive integer, or `quant_method` names another method.

@@ -122,19 +122,20 @@ def test_native_int8_is_read_with_its_scales_and_gives_the_same_logits(int8, rea
     assert set(model.expert_store.cache[0].popitem()[1]) == {
         f"{matrix}.{part}" for matrix in ("w1", "w2", "w3") for part in ("weight", "weight_scale")
     }
-    assert model.expert_store.experts[0, 0]["w2.weight_scale"].shape == (64, 8)
+    assert model.expert_store.experts[0, 0]["w2.weight_scale"].shape == (64, 96 // 4)
+    assert model.expert_store.cache[1].popitem()[1]["w2.weight_scale"].shape == (64, 8)
 
 
 def test_one_token_of_int8_reads_a_byte_a_weight_and_the_scales(int8, reads):
     model = AutoModelForCausalLM.from_pretrained(int8, experts_on="disk")
     logits_of(model, prompt(1))
-    scales = 2 * (96 + 96 + 64 * 8)
+    scales = 2 * (3 * 64 * 96 // 4)  # blocks of 96 / 8 inputs of w2 are groups of 4
     assert model.expert_store.bytes_fetched == LAYERS * TOP_K * (3 * 64 * 96 + scales)
     assert len(reads) == LAYERS * TOP_K * 6
 
 
 def test_quantising_while_loading_is_refused_with_what_to_do(folder):
-    with pytest.raises(ValueError, match=r"`experts_on`.*write an int8 folder with `grok1 convert`"):
+    with pytest.raises(ValueError, match=r"`experts_on`.*write an int8 or int4 folder with `grok1 convert`"):
         AutoModelForCausalLM.from_pretrained(folder, experts_on="disk", quantization_config=Grok1Int8Config())
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel computes the plain product of int8 and of 4 bits: on a CPU in Triton's interpreter, on a GPU as compiled."""
+"""The Triton kernel computes the plain product of 8 and 4 bits: in Triton's interpreter, and compiled on a GPU."""
 
 import importlib
 import sys
