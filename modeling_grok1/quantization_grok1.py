@@ -151,8 +151,8 @@ def read_with_this_package(quantization: Any, requested: Any = None) -> Any:
     """
     if isinstance(quantization, dict) and quantization.get("quant_method") == INT8 and "source" not in quantization:
         raise ValueError(
-            "This folder holds int8 weights in a format that was given up: write it again from xAI's checkpoint with "
-            "`grok1 convert SRC OUT --dtype int8`, or from this folder with `grok1 adopt FOLDER OUT --dtype int8`."
+            "This folder holds int8 weights in an older format that is no longer read: write it again from xAI's "
+            "checkpoint with `grok1 convert SRC OUT --dtype int8`."
         )
     found = bits_and_group_size(quantization)
     if found is None:
@@ -265,7 +265,9 @@ class WritePacked(ConversionOps):
         N, K = outputs_and_inputs(weight)  # noqa: N806
         if weight.dtype != torch.int8:
             weight, scale = as_in_files(weight, scale)
-        scale = repeat_scales(scale, K // self.hf_quantizer.quantization_config.group_size)
+        group_size = self.hf_quantizer.quantization_config.group_size
+        assert group_size is not None  # set when the model was built
+        scale = repeat_scales(scale, K // group_size)
         names = [pattern.removesuffix("_packed") for pattern in target_patterns if pattern.endswith("_packed")]
         experts = zip(weight, scale, strict=True) if weight.ndim == 3 else [(weight, scale)]
         output: dict[str, torch.Tensor] = {}

@@ -215,7 +215,7 @@ def test_groups_that_ranks_would_cut_are_refused_by_name(floats):
     model = preprocess(config, Grok1Int4Config(group_size=128), tp_size=2)
     key = "model.layers.*.block_sparse_moe.experts.down_proj"
     assert model.tp_plan[f"{key}_scale"] == model.tp_plan[key]
-    with pytest.raises(ValueError, match=r"`tp_size`: expected a divisor of the 2 scale blocks of w2 .* found 4"):
+    with pytest.raises(ValueError, match=r"`tp_size`: expected a divisor of the 2 scale blocks of o_proj .* found 4"):
         preprocess(config, Grok1Int4Config(group_size=128), tp_size=4)
 
 
