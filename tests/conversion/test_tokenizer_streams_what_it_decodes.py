@@ -1,4 +1,4 @@
-"""Tokens streamed one by one by Transformers' streamers give the text that they decode to, characters split over tokens
+"""Transformers' streamers give, token by token, the text that all tokens decode to, characters split over tokens
 included. They decode each line by itself, so they need the additive decoder."""
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """`grok1 serve` as a command: it starts, it ends when it is told to, and bad input is one sentence and exit code 2."""
 
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import grok1.serving.server
 from grok1.cli import app
 from grok1.conversion.convert import convert
+from grok1.conversion.tokenizer import convert_tokenizer
 from grok1.serving.server import InOrder
 from modeling_grok1 import Grok1Int8Config
 
