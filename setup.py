@@ -22,8 +22,8 @@ PACKAGES = dict(FOLDERS)
 for name, folder in FOLDERS.items():
     PACKAGES |= {f"{name}.{sub}": f"{folder}/{sub.replace('.', '/')}" for sub in find_packages(folder)}
 
-# As wide as is tested, for people install this beside engines that pin their own; constraints.txt has the newest of each.
-# The PyTorch model needs Transformers 5.21 to 5.24 and says so; configuration and conversion work from 5.19, which vLLM
+# As wide as tested: people install this beside engines that pin their own. constraints.txt has the newest of each. The
+# PyTorch model needs Transformers 5.21 to 5.24 and says so; configuration and conversion work from 5.19, which vLLM
 # 0.32 brings.
 REQUIREMENTS = [
     "torch>=2.11,<2.16",

@@ -120,7 +120,7 @@ class FolderManager(ModelManager):
     def shutdown(self) -> None:
         """Nothing: the model stays until the process ends, whoever posts to /reset."""
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self) -> list[dict[str, Any]]:
         created = int((self.folder / "config.json").stat().st_mtime)
         return [{"id": self.name, "object": "model", "created": created, "owned_by": "local"}]
 

@@ -1,5 +1,5 @@
-"""Transformers' streamers give, token by token, the text that all tokens decode to, characters split over tokens
-included. They decode each line by itself, so they need the additive decoder."""
+"""Transformers' streamers give the text that the tokens decode to, one token at a time, split characters included.
+They decode each line by itself, so they need the additive decoder."""
 
 from pathlib import Path
 
