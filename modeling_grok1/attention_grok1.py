@@ -62,16 +62,18 @@ def in_pieces(attention: Callable[..., AttentionOutput]) -> Callable[..., Attent
 
 
 def paged(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
-    """`attention` for continuous batching, where the attention function updates the paged cache in some versions."""
-    if not ATTENTION_UPDATES_PAGED_CACHE:
-        return attention
+    """
+    `attention` for continuous batching, which passes a mask of its own. Transformers makes none for a forward pass
+    with `paged|eager`, which would attend to what follows.
+    """
 
     @torch.compiler.disable  # the paged cache is written in place, which functionalisation would copy whole
     def forward(module, query, key, value, attention_mask, **kwargs) -> AttentionOutput:
-        cache = kwargs.pop("cache", None)
-        if cache is None:
+        cache = kwargs.pop("cache", None)  # None where the attention module has updated it
+        if attention_mask is None or (cache is None and ATTENTION_UPDATES_PAGED_CACHE):
             raise ValueError("`paged|eager` is for continuous batching only; use `eager` for a forward pass.")
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        if cache is not None:
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     return forward

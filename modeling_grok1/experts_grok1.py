@@ -111,10 +111,10 @@ def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, g
         if on_cpu and one_row and not torch.is_grad_enabled():
             return chosen_experts_forward(self, x, experts, gates)
         return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
-    if not can_group(self, x):
-        return self.eager_forward(x, experts, gates)
-    if on_cpu and (one_row or x.shape[0] > GROUPED_ROWS_ON_CPU):
+    long_prompt = on_cpu and x.shape[0] > GROUPED_ROWS_ON_CPU
+    if long_prompt:
         keep_freed_memory()
+    if long_prompt or (on_cpu and one_row) or not can_group(self, x):
         return self.eager_forward(x, experts, gates)
     return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
 
