@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from activations import replace_activation
 from safetensors import safe_open
 
 from grok1.conversion.convert import convert
@@ -21,7 +22,6 @@ from grok1.conversion.names import hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.conversion.shards import plan_shards
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.experts_grok1 import Grok1Expert
 from modeling_grok1.modeling_grok1 import Grok1Attention, Grok1RMSNorm, Grok1TopKRouter
 
 
@@ -249,18 +249,12 @@ def test_an_int8_folder_names_a_method_that_no_engine_has(demo):
     assert config["quantization_config"]["quant_method"] == "grok1_int8"
 
 
-def activation(model: Grok1ForCausalLM, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    for module in model.modules():
-        if isinstance(module, Grok1Expert):
-            module.forward = lambda x, expert=module: expert.w2(act_fn(expert.w1(x)) * expert.w3(x))
-
-
 def erf_gelu(model: Grok1ForCausalLM) -> None:
-    activation(model, torch.nn.GELU())
+    replace_activation(model, torch.nn.GELU())
 
 
 def silu(model: Grok1ForCausalLM) -> None:
-    activation(model, torch.nn.SiLU())
+    replace_activation(model, torch.nn.SiLU())
 
 
 def capped_router(model: Grok1ForCausalLM) -> None:
