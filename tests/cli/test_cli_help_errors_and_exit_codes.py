@@ -55,7 +55,11 @@ def failing(error: BaseException) -> typer.Typer:
 
 def test_every_command_is_registered():
     """A module with a `..._command` that is not in COMMANDS would be a command that nobody finds."""
-    files = [file for file in Path(cli.__file__).parent.glob("*.py") if re.search(r"^def \w+_command\(", file.read_text(), re.M)]
+    files = [
+        file
+        for file in Path(cli.__file__).parent.glob("*.py")
+        if re.search(r"^def \w+_command\(", file.read_text(), re.M)
+    ]
     assert {file.stem.replace("_", "-") for file in files} == set(COMMANDS)
     assert tuple(COMMANDS) == ORDER
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 from transformers.integrations.accelerate import get_device
 from typer.testing import CliRunner
 
-from grok1.sizing.memory import meta_model, peak_bytes
 from grok1.cli.plan import plan_command
 from grok1.sizing.hardware import GB, Gpus
+from grok1.sizing.memory import meta_model, peak_bytes
 from grok1.sizing.plan import RESERVED, make_plan, suggestions
 from grok1.sizing.request import Request
 from modeling_grok1 import GrokConfig
