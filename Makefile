@@ -10,6 +10,7 @@ help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.installed: setup.py constraints.txt
+	@echo "Installing into $(VENV) (torch included: some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	@touch $@
@@ -24,9 +25,10 @@ layout:
 	ln -s $(CURDIR)/modeling_grok1 $(LAYOUT)/modeling_grok1
 	ln -s $(CURDIR)/grok1/* $(CURDIR)/configuration $(CURDIR)/conversion $(CURDIR)/model_card $(LAYOUT)/grok1/
 
-check: $(VENV)/.installed layout  ## ruff and mypy
+check: $(VENV)/.installed layout  ## ruff, the direction of imports, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(LAYOUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 	$(BIN)/mypy $(LAYOUT)
 
 test: $(VENV)/.installed check  ## the tests (TESTS=tests/... for some of them; set GROK1_ASSETS to xAI's small files to run those that need them)
