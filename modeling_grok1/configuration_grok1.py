@@ -24,6 +24,9 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_grok1.Grok1ForCausalLM",
 }
 
+# The same for mlx-lm; other engines ignore the key.
+MLX_FILE = "grok1_mlx.py"
+
 # Values that other ports offer and xAI's code does not have: field -> the only value that is implemented, and why.
 FIXED = {
     "hidden_act": ("gelu_pytorch_tanh", "jax.nn.gelu is the tanh approximation"),
@@ -281,6 +284,7 @@ class GrokConfig(PreTrainedConfig):
         if "rope_theta" in (output.get("rope_parameters") or {}):
             output["rope_theta"] = output["rope_parameters"]["rope_theta"]
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
+        output["model_file"] = MLX_FILE
         return output
 
 

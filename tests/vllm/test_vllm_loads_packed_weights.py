@@ -1,5 +1,4 @@
-"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter of the model with the right
-bytes. Its kernels for them need a GPU, so only here they are replaced by nothing."""
+"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter with the right bytes. Its kernels for them need a GPU, so only here they are replaced by nothing."""
 
 import json
 from collections.abc import Iterator
@@ -114,7 +113,9 @@ def expected_layer(checkpoint: dict[str, torch.Tensor], layer: str) -> dict[str,
     return expected
 
 
-@pytest.mark.parametrize(("config", "message"), [((8, 128), "WNA16 linear"), ((4, 32), "WNA16 MoE")], indirect=["config"])
+@pytest.mark.parametrize(
+    ("config", "message"), [((8, 128), "WNA16 linear"), ((4, 32), "WNA16 MoE")], indirect=["config"]
+)
 def test_a_cpu_without_the_kernels_says_so(config, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         initialize_model(config)
