@@ -141,7 +141,7 @@ class Attention(nn.Module):
         queries = queries.reshape(B, self.n_kv_heads, self.repeats, L, -1)
         keys, values = tree_map(lambda a: mx.expand_dims(a, 2), (keys, values))
 
-        if quantized := hasattr(cache, "bits"):
+        if quantized := cache is not None and hasattr(cache, "bits"):
             groups = {"group_size": cache.group_size, "bits": cache.bits}
             scores = mx.quantized_matmul(queries, *keys, transpose=True, **groups)
         else:
@@ -307,12 +307,14 @@ class Model(nn.Module):
 
     def _check_names(self, weights: dict[str, mx.array]) -> None:
         known = {name for name, _ in tree_flatten(self.parameters())}
-        quantized = {f"{path}.{k}" for path, m in self.named_modules() if hasattr(m, "to_quantized") for k in QUANTIZED}
+        quantized = {
+            f"{path}.{k}" for path, m in self.named_modules() if hasattr(m, "to_quantized") for k in QUANTIZED
+        }
         if unknown := sorted(weights.keys() - known - quantized):
             raise ValueError(
-                f"{len(unknown)} of {len(weights)} tensors are not in the hub layout of Grok-1, such as "
-                f"{', '.join(unknown[:3])}. Expected model.embed_tokens.weight, model.layers.N.self_attn.q_proj.weight, "
-                f"model.layers.N.block_sparse_moe.experts.M.w1.weight and so on, with M below {self.args.num_experts}."
+                f"{len(unknown)} of {len(weights)} tensors are not in Grok-1's hub layout, such as "
+                f"{', '.join(unknown[:3])}. Expected names such as model.layers.N.self_attn.q_proj.weight and "
+                f"model.layers.N.block_sparse_moe.experts.M.w1.weight, with M below {self.args.num_experts}."
             )
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:

@@ -101,7 +101,9 @@ def test_a_model_is_never_in_memory_twice(name: str, load: Load, folder: Folder)
     held, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     files = sum(file.stat().st_size for file in folder(name).glob("*.safetensors"))
     layer = sum(array.nbytes for _, array in tree_flatten(model.layers[0].parameters()))
-    print(f"{name}: files {files / 1e6:.1f} MB, held {held / 1e6:.1f}, peak {peak / 1e6:.1f}, a layer {layer / 1e6:.1f}")
+    print(
+        f"{name}: files {files / 1e6:.1f} MB, held {held / 1e6:.1f}, peak {peak / 1e6:.1f}, a layer {layer / 1e6:.1f}"
+    )
     assert held <= 1.02 * files
     assert peak < held + 2 * layer
 
@@ -124,7 +126,7 @@ def test_other_names_are_refused(load: Load, folder: Folder) -> None:
 
 
 def test_another_quantisation_is_refused(load: Load, folder: Folder) -> None:
-    with pytest.raises(ValueError, match="found '.*int8.*' with format None"):
+    with pytest.raises(ValueError, match=r"found '.*int8.*' with format None"):
         load(folder("demo-int8"))
 
 

@@ -1,4 +1,5 @@
-"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter with the right bytes. Its kernels for them need a GPU, so only here they are replaced by nothing."""
+"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter with the right bytes.
+Its kernels for them need a GPU, so only here they are replaced by nothing."""
 
 import json
 from collections.abc import Iterator
