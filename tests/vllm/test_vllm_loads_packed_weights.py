@@ -88,8 +88,10 @@ def test_every_parameter_has_its_bytes(config, bits, group, monkeypatch):
         parameter.data.fill_(77)
     loaded = model.load_weights(checkpoint.items())
     held = dict(model.named_parameters())
-    assert {name for name in held if not name.endswith("weight_shape")} <= loaded
-    assert len(held) > 60
+    # What vLLM does not read from a checkpoint: the scales of a quantised cache, and shapes that its kernels know.
+    wanted = {name for name in held if ".self_attn.attn." not in name and not name.endswith("weight_shape")}
+    assert wanted <= loaded
+    assert len(wanted) == 2 + 4 * (4 + 1 + 4 + 4)
     for layer in range(4):
         expected = expected_layer(checkpoint, f"model.layers.{layer}")
         for name, tensor in expected.items():
