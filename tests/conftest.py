@@ -16,8 +16,9 @@ from modeling_grok1 import GrokConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them.
-collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")]
+# Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them. mlx-lm's
+# run without this file, in `make test-mlx`.
+collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")] + ["mlx"]
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

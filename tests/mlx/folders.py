@@ -5,7 +5,7 @@ Write the folders that tests/mlx reads: what needs torch and this package is don
     demo, demo-bfloat16     the demo, with a tokenizer for continuations
     demo-int8               in this package's own int8 format
     demo-fused              in float32, under other names
-    demo-w8a16-g32 ...      the demo's int8 values, packed, with a scale for each 32, 64 or 128 inputs; the rest float32
+    demo-w8a16-g32 ...      the demo's int8 values, packed, in groups of 32, 64 or 128; the rest float32
     demo-w8a16-bfloat16     the same with groups of 128, the rest bfloat16
     demo-w4a16              rounded to 4 bits, groups of 32
     demo-w4a16-unpacked     its values times its scales, in float32, with a float64 model's logits in reference.npz
