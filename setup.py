@@ -79,7 +79,10 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["grok1 = grok1.cli:main"]},
+    entry_points={
+        "console_scripts": ["grok1 = grok1.cli:main"],
+        "vllm.general_plugins": ["grok1 = grok1.engines.vllm:register"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

@@ -31,6 +31,7 @@ def batch():
 def test_labels_give_the_mean_cross_entropy_of_the_next_token(model, batch):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     output = model(**batch, labels=labels)
+    labels[1, 4] = -100  # after the padding of row 1
     logits = output.logits[:, :-1].reshape(-1, 96)
     expected = F.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100)
     torch.testing.assert_close(output.loss, expected)
