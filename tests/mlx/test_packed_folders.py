@@ -151,9 +151,13 @@ def copied(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> 
     return out
 
 
-def test_other_names_are_refused(load: Load, folder: Folder) -> None:
-    with pytest.raises(ValueError, match=r"not in the hub layout of Grok-1, such as .*experts\.down_proj"):
-        load(folder("demo-fused"))
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("fused", r"experts\.down_proj"), ("hpcai", r"layers\.0\.attn\."), ("keyfan", r"transformer\.decoder_layer\.")],
+)
+def test_other_names_are_refused(layout: str, name: str, load: Load, folder: Folder) -> None:
+    with pytest.raises(ValueError, match=rf"not in the hub layout of Grok-1, such as .*{name}"):
+        load(folder(f"demo-{layout}"))
 
 
 def test_another_quantisation_is_refused(load: Load, folder: Folder) -> None:
