@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm clean
+.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm deepspeed clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -55,6 +55,7 @@ bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shap
 bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
@@ -89,6 +90,11 @@ $(VLLM)/.installed: setup.py
 	$(VLLM)/bin/python -c "import torchvision" 2>/dev/null || \
 		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+deepspeed: $(VENV)/.installed  ## DeepSpeed's ZeRO-3 on two processes (an environment of its own, built once)
+	@test -x .cache/deepspeed/bin/deepspeed || ($(PYTHON) -m venv .cache/deepspeed && \
+		.cache/deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' deepspeed==0.19.8)
+	OMP_NUM_THREADS=1 .cache/deepspeed/bin/python -m pytest tests/training/test_zero3_equals_one_process.py
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out
