@@ -307,7 +307,9 @@ class Model(nn.Module):
 
     def _check_names(self, weights: dict[str, mx.array]) -> None:
         known = {name for name, _ in tree_flatten(self.parameters())}
-        quantized = {f"{path}.{k}" for path, m in self.named_modules() if hasattr(m, "to_quantized") for k in QUANTIZED}
+        quantized = {
+            f"{path}.{k}" for path, m in self.named_modules() if hasattr(m, "to_quantized") for k in QUANTIZED
+        }
         if unknown := sorted(weights.keys() - known - quantized):
             raise ValueError(
                 f"{len(unknown)} of {len(weights)} tensors are not in the hub layout of Grok-1, such as "
