@@ -31,13 +31,14 @@ from transformers import GenerationConfig
 
 from grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
 from grok1.conversion.names import (
+    BITS,
     DTYPES,
     LAYOUTS,
-    GrokSizes,
     HubTensor,
     checkpoint_entries,
     hub_tensors,
 )
+from grok1.conversion.packing import group_size_problems
 from grok1.conversion.shards import INDEX_NAME, Shard, index_text, parse_size, plan_shards
 from grok1.conversion.streaming import BlockStream, available_cores
 from grok1.conversion.tokenizer import check_supported, convert_tokenizer, read_sentencepiece
@@ -51,6 +52,7 @@ from grok1.conversion.xai.checkpoint import (
 from grok1.errors import CheckpointError, ConversionError
 from grok1.model_card.card import write_card
 from modeling_grok1.configuration_grok1 import MLX_FILE, GrokConfig
+from modeling_grok1.packing_grok1 import GROUP_SIZES, quantization_dict
 
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -180,6 +182,7 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
+    group_size: int | None = None,
     discard_source: bool = False,
     scratch: int | str = "16GB",
     push_to: str | None = None,
@@ -195,12 +198,14 @@ def convert(
     Args:
         src: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/; or hf://owner/name[@revision].
         out: a folder that does not exist, is empty, or holds an unfinished conversion of the same source and settings.
-        dtype: "bfloat16", "float32", or "int8" (keeps xAI's values and scales). Norms and routers are float32 always.
+        dtype: "bfloat16", "float32", "int8" (keeps xAI's values and scales) or "int4". Norms and routers are float32
+            always.
         layout: "hub" (one tensor an expert), "fused" (one an expert matrix of a layer), "hpcai" or "keyfan".
         config: a config.json; by default the one in `src` or its parent, or the release's if the sizes fit.
         tokenizer: a tokenizer.model; by default the one in `src` or its parent.
         no_tokenizer: go without a tokenizer.
         max_shard_size: bytes of tensors in a shard, or "5GB", "4GiB"; a larger tensor has a shard of its own.
+        group_size: inputs per scale of int8 and int4, 128 by default; engines have kernels for 128, 64 and 32.
         discard_source: delete a file fetched from the hub when no unfinished shard needs it. Never touches a folder.
         scratch: bound on the disk that fetched files take with `discard_source`.
         push_to: a repository on the hub that gets each shard when it is finished, index and card last.
@@ -230,6 +235,7 @@ def convert(
         "tokenizer": tokenizer,
         "no_tokenizer": no_tokenizer,
         "max_shard_size": max_shard_size,
+        "group_size": group_size,
         "sink": sink,
     }
     if not os.fspath(src).startswith(SCHEME):
@@ -260,6 +266,7 @@ def plan_folder(
     tokenizer: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
+    group_size: int | None = None,
     sink: Sink | None = None,
     check_space: bool = True,
 ) -> tuple[Plan, FolderSource]:
@@ -269,7 +276,7 @@ def plan_folder(
         CheckpointError, ConversionError: with all problems at once.
     """
     src, out = Path(src), Path(out)
-    problems = setting_problems(dtype, layout, max_shard_size)
+    problems = setting_problems(dtype, layout, max_shard_size, group_size)
     try:
         folder = resolve_folder(src)
         grok_config = resolve_config(src, folder, config)
@@ -282,9 +289,11 @@ def plan_folder(
         problems.append(f"{out}: expected a folder outside the checkpoint, found one in {folder}")
     source = FolderSource(files)
     plan = None
-    if not setting_problems(dtype, layout, max_shard_size):
+    if not setting_problems(dtype, layout, max_shard_size, group_size):
         shard_size = parse_size(max_shard_size)
-        plan, place_problems = make_plan(source, out, grok_config, model_path, dtype, layout, shard_size, sink)
+        plan, place_problems = make_plan(
+            *(source, out, grok_config, model_path, dtype, layout, shard_size, sink), group_size=group_size
+        )
         problems += place_problems
         problems += space_problems(plan) if check_space else []
     if source_problems:
@@ -295,15 +304,19 @@ def plan_folder(
     return plan, source
 
 
-def setting_problems(dtype: str, layout: str, max_shard_size: int | str) -> list[str]:
+def setting_problems(dtype: str, layout: str, max_shard_size: int | str, group_size: int | None = None) -> list[str]:
     """What is wrong with the settings of a conversion, one line each."""
     problems = []
     if dtype not in DTYPES:
         problems.append(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     if layout not in LAYOUTS:
         problems.append(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
-    if dtype == "int8" and layout in ("hpcai", "keyfan"):
-        problems.append(f"layout: expected hub or fused with dtype int8 (no other reader knows it), found {layout!r}")
+    if dtype in BITS and layout != "hub":
+        problems.append(f"layout: expected hub with dtype {dtype} (no engine reads another), found {layout!r}")
+    if group_size is not None and dtype not in BITS:
+        problems.append(f"group_size: expected with dtype {' or '.join(BITS)} only, found with {dtype}")
+    if group_size is not None and group_size < 1:
+        problems.append(f"group_size: expected a positive number, found {group_size}")
     try:
         parse_size(max_shard_size)
     except ValueError as error:
@@ -387,6 +400,7 @@ def make_plan(
     max_shard_size: int,
     sink: Sink | None = None,
     scratch_bytes: int = 0,
+    group_size: int | None = None,
 ) -> tuple[Plan, list[str]]:
     """The plan for a source, and what is wrong with the place it goes to but for its size, one line each.
 
@@ -395,9 +409,12 @@ def make_plan(
     sink = sink or Sink()
     released = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(config) if entry.kind.quantised}
     blocks = released | source.scale_blocks()
-    problems = _fused_scale_problems(config, blocks) if (dtype, layout) == ("int8", "fused") else []
-    shards = plan_shards(hub_tensors(config, layout, dtype, blocks).values(), max_shard_size)
-    written = written_config(config, dtype, max(blocks.values()))
+    group_size = group_size or GROUP_SIZES[0]
+    problems = []
+    if dtype in BITS:
+        problems = group_size_problems(checkpoint_entries(config), dtype, group_size, blocks)
+    shards = plan_shards(hub_tensors(config, layout, dtype, group_size).values(), max_shard_size)
+    written = written_config(config, dtype, group_size)
     record = {
         "settings": {
             "dtype": dtype,
@@ -427,24 +444,13 @@ def space_problems(plan: Plan) -> list[str]:
     return [f"{plan.out}: expected {needed:,} free bytes on the disk, found {free:,} ({needed - free:,} too few)"]
 
 
-def _fused_scale_problems(config: GrokSizes, blocks: dict[int, int]) -> list[str]:
-    """gate_up_proj_scale is one tensor: gate and up must have the same number of row blocks."""
-    by_place = {(entry.layer, entry.kind.name): blocks.get(entry.index) for entry in checkpoint_entries(config)}
-    return [
-        f"layer {layer}: expected as many scale blocks in gate as in up for dtype int8 in layout fused, found "
-        f"{by_place[layer, 'moe_gate']} and {by_place[layer, 'moe_up']}"
-        for layer in range(config.num_hidden_layers)
-        if by_place[layer, "moe_gate"] != by_place[layer, "moe_up"]
-    ]
-
-
-def written_config(config: GrokConfig, dtype: str, scale_blocks: int) -> GrokConfig:
-    """The config as the folder has it: the dtype that was written, and how int8 weights are read."""
+def written_config(config: GrokConfig, dtype: str, group_size: int) -> GrokConfig:
+    """The config as the folder has it: the dtype that was written, and how packed weights are read."""
     written = copy.deepcopy(config)
     written.architectures = ["Grok1ForCausalLM"]
-    written.dtype = "bfloat16" if dtype == "int8" else dtype
-    if dtype == "int8":
-        written.quantization_config = {"quant_method": "grok1_int8", "scale_blocks": scale_blocks}
+    written.dtype = "bfloat16" if dtype in BITS else dtype
+    if dtype in BITS:
+        written.quantization_config = quantization_dict(BITS[dtype], group_size)
     return written
 
 

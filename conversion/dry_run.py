@@ -21,13 +21,15 @@ from grok1.conversion.convert import (
     written_config,
 )
 from grok1.conversion.layout import SLAB_BYTES
-from grok1.conversion.names import BLOCK_KINDS, checkpoint_entries, hub_tensors
+from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
+from grok1.conversion.packing import group_size_problems
 from grok1.conversion.shards import make_shard, parse_size, plan_shards
 from grok1.conversion.streaming import BYTES_PER_ELEMENT, LIVE_SLABS, BlockStream, available_cores
 from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
 from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.packing_grok1 import GROUP_SIZES
 
 
 # Anonymous memory of Python with torch and Transformers imported.
@@ -71,6 +73,7 @@ def forecast(
     tokenizer: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     max_shard_size: int | str = "5GB",
+    group_size: int | None = None,
     jobs: int | None = None,
 ) -> Forecast:
     """Plans `convert` with the same arguments and writes nothing but a temporary file beside `out`.
@@ -91,16 +94,23 @@ def forecast(
             tokenizer=tokenizer,
             no_tokenizer=no_tokenizer,
             max_shard_size=max_shard_size,
+            group_size=group_size,
             check_space=False,
         )
         source = str(src)
     else:
-        problems = setting_problems(dtype, layout, max_shard_size)
+        problems = setting_problems(dtype, layout, max_shard_size, group_size)
         if problems:
             raise ConversionError("cannot be converted", problems)
         grok_config = GrokConfig() if config is None else read_config(Path(config))
-        shards = plan_shards(hub_tensors(grok_config, layout, dtype).values(), parse_size(max_shard_size))
-        written = written_config(grok_config, dtype, max(kind.scale_blocks for kind in BLOCK_KINDS))
+        group_size = group_size or GROUP_SIZES[0]
+        entries = checkpoint_entries(grok_config)
+        blocks = {entry.index: entry.kind.scale_blocks for entry in entries}
+        problems = group_size_problems(entries, dtype, group_size, blocks) if dtype in BITS else []
+        if problems:
+            raise ConversionError("cannot be converted", problems)
+        shards = plan_shards(hub_tensors(grok_config, layout, dtype, group_size).values(), parse_size(max_shard_size))
+        written = written_config(grok_config, dtype, group_size)
         plan = Plan(out, dtype, layout, parse_size(max_shard_size), written, None, shards, frozenset(), {})
         source = "the table of the release" if config is None else f"the sizes in {config}"
     jobs = jobs or available_cores()

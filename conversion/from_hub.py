@@ -299,6 +299,7 @@ def plan_hub(
     tokenizer: str | os.PathLike[str] | None,
     no_tokenizer: bool,
     max_shard_size: int | str,
+    group_size: int | None = None,
     sink: Sink,
     discard: bool,
     scratch: int | str,
@@ -309,7 +310,7 @@ def plan_hub(
         CheckpointError, ConversionError: with all problems at once.
     """
     checkpoint = look_up(uri)
-    problems = setting_problems(dtype, layout, max_shard_size)
+    problems = setting_problems(dtype, layout, max_shard_size, group_size)
     scratch_bytes = parse_size(scratch)
     if config is not None:
         grok_config = read_config(Path(config))
@@ -334,6 +335,7 @@ def plan_hub(
         plan, problems = make_plan(
             *(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink),
             scratch_bytes=scratch_bytes if discard else 0,
+            group_size=group_size,
         )
         problems += space_problems(plan)
         needed = scratch_needed([source_files(shard) for shard in plan.shards], files)

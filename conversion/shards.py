@@ -13,12 +13,12 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from grok1.conversion.names import HEAD_NAME, HubTensor
+from grok1.conversion.names import HubTensor
 
 
 # The library's names, in its order inside a file.
-SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
-DTYPE_ORDER = ("float32", "bfloat16", "int8")
+SAFETENSORS_DTYPE = {"int64": "I64", "float32": "F32", "int32": "I32", "bfloat16": "BF16", "int8": "I8"}
+DTYPE_ORDER = tuple(SAFETENSORS_DTYPE)
 INDEX_NAME = "model.safetensors.index.json"
 
 _UNITS = {"B": 1}
@@ -99,13 +99,13 @@ def index_text(shards: Iterable[Shard]) -> str:
     """The text of model.safetensors.index.json, in the form of `save_pretrained`.
 
     `total_size` counts the bytes of all tensors, `total_parameters` the weights of the model: neither a copy of the
-    tied head nor the scales of int8 weights.
+    tied head nor the scales of quantised weights.
     """
     shards = list(shards)
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     index = {
         "metadata": {
-            "total_parameters": sum(t.numel for t in tensors if t.name != HEAD_NAME and t.parts[0].field == "weight"),
+            "total_parameters": sum(tensor.parameters for tensor in tensors),
             "total_size": sum(tensor.nbytes for tensor in tensors),
         },
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},

@@ -25,18 +25,21 @@ from grok1.conversion.convert import (
     written_config,
 )
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import DTYPES, ITEMSIZE, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
+from grok1.conversion.names import BITS, DTYPES, ITEMSIZE, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
 from grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE, Shard, make_shard
 from grok1.conversion.streaming import BlockStream, available_cores
 from grok1.conversion.xai.checkpoint import examine_folder, resolve_folder
 from grok1.errors import CheckpointError, ConversionError
 from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.packing_grok1 import GROUP_SIZES, bits_and_group_size
 
 
 TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json")
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # A header of the release has 2115 tensors in 350 KB.
 MAX_HEADER_BYTES = 2**25
+
+Described = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor, as a header says them
 
 
 def verify_output(
@@ -78,7 +81,8 @@ def verify_output(
         return [f"{out}: expected a converted folder, found none"]
 
     held = _held_tensors(out)
-    dtype, layout, tensors = _most_alike(grok_config, source, held)
+    group_size = _group_size(out)
+    dtype, layout, tensors = _most_alike(grok_config, held, group_size)
     shards, problems = _expected_shards(out, held, tensors)
     if (out / JOURNAL_NAME).exists():
         problems.append(f"{JOURNAL_NAME}: expected a finished conversion, found an unfinished one")
@@ -89,7 +93,7 @@ def verify_output(
             model = out / TOKENIZER_NAMES[0]
         elif problem:
             problems += problem
-    written = written_config(grok_config, dtype, max(source.scale_blocks().values()))
+    written = written_config(grok_config, dtype, group_size)
     plan = Plan(out, dtype, layout, 0, written, model, shards, frozenset(), {})
     if not shards:
         return problems
@@ -97,18 +101,22 @@ def verify_output(
     return problems + _compare(plan, source, jobs or available_cores(), progress)
 
 
-def _held_tensors(out: Path) -> dict[str, dict[str, str]]:
-    """Shard by shard the tensors that its header names, with their dtypes; a header that cannot be read names none."""
+def _held_tensors(out: Path) -> dict[str, dict[str, Described]]:
+    """By shard the tensors that its header names, with dtype and shape; a header that cannot be read names none."""
     held = {}
     for path in sorted(out.iterdir()):
         if SHARD_NAME.fullmatch(path.name):
             described = _header(path)
             held[path.name] = {
-                name: value["dtype"]
+                name: (value["dtype"], tuple(value["shape"]))
                 for name, value in described.items()
-                if isinstance(value, dict) and isinstance(value.get("dtype"), str)
+                if isinstance(value, dict) and isinstance(value.get("dtype"), str) and _is_shape(value.get("shape"))
             }
     return held
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)
 
 
 def _header(path: Path) -> dict[str, object]:
@@ -123,16 +131,28 @@ def _header(path: Path) -> dict[str, object]:
     return described if isinstance(described, dict) else {}
 
 
+def _group_size(out: Path) -> int:
+    """What config.json says, or the default where it does not."""
+    try:
+        found = bits_and_group_size(json.loads((out / "config.json").read_bytes()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        found = None
+    return found[1] if found else GROUP_SIZES[0]
+
+
 def _most_alike(
-    config: GrokConfig, source: FolderSource, held: Mapping[str, Mapping[str, str]]
+    config: GrokConfig, held: Mapping[str, Mapping[str, Described]], group_size: int
 ) -> tuple[str, str, dict[str, HubTensor]]:
     """The dtype and layout that most of the folder's tensors agree with: one damaged name or dtype misleads nobody."""
     found = {item for shard in held.values() for item in shard.items()}
-    blocks = source.scale_blocks()
-    candidates = {(d, layout): hub_tensors(config, layout, d, blocks) for d in DTYPES for layout in LAYOUTS}
+    candidates = {
+        (dtype, layout): hub_tensors(config, layout, dtype, group_size)
+        for dtype in DTYPES
+        for layout in (("hub",) if dtype in BITS else LAYOUTS)
+    }
 
     def agreement(settings: tuple[str, str]) -> int:
-        expected = {(t.name, SAFETENSORS_DTYPE[t.dtype]) for t in candidates[settings].values()}
+        expected = {(t.name, (SAFETENSORS_DTYPE[t.dtype], t.shape)) for t in candidates[settings].values()}
         return len(found & expected) - len(found ^ expected)
 
     best = max(candidates, key=agreement)
@@ -140,7 +160,7 @@ def _most_alike(
 
 
 def _expected_shards(
-    out: Path, held: Mapping[str, Mapping[str, str]], tensors: Mapping[str, HubTensor]
+    out: Path, held: Mapping[str, Mapping[str, Described]], tensors: Mapping[str, HubTensor]
 ) -> tuple[list[Shard], list[str]]:
     """The shards as they must be, given which one holds which tensor, and what is wrong with those on the disk.
 

@@ -17,9 +17,10 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from grok1.conversion.hub_folder import read_hub_folder
-from grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
+from grok1.conversion.names import HEAD_NAME, LAYOUTS, hub_tensors
 from grok1.conversion.release import release_files, release_sizes
 from grok1.errors import ConversionError
+from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
 CARD_NAME = "README.md"
@@ -38,7 +39,7 @@ SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-HEAD, SCALES = "Output head", "Scales of the int8 weights"
+HEAD, SCALES = "Output head", "Scales of the quantised weights"
 # The kinds of conversion.names, as a reader of the card thinks of them.
 GROUPS = {
     "Experts": ("moe_gate", "moe_up", "moe_down"),
@@ -104,7 +105,7 @@ class CardFacts:
     """Everything that the card states, measured from headers. Counts of elements and bytes are exact.
 
     Args:
-        parameters: elements of all weights; a tied head and the scales of int8 weights are not counted.
+        parameters: elements of all weights; a tied head and the scales of quantised weights are not counted.
         active_parameters: `parameters` less those of the experts that a token does not visit.
         expert_share: percentage of `parameters` that are experts'.
         precision: dtype of the expert weights.
@@ -131,6 +132,11 @@ class CardFacts:
     has_code: bool
     has_picture: bool
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are in the format of compressed-tensors."""
+        return self.precision.startswith("int")
+
 
 def card_facts(
     folder: Path, tensors: Mapping[str, Tensor] | None = None, shards: Sequence[int] | None = None
@@ -154,7 +160,8 @@ def card_facts(
         tensors, shards = stored, [file.stat().st_size for file in {tensor.file for tensor in stored.values()}]
     assert shards is not None
     table = SimpleNamespace(**sizes)
-    layout, kind_of = _match(folder, table, tensors)
+    packing = bits_and_group_size(config.get("quantization_config"))
+    layout, kind_of = _match(folder, table, tensors, packing)
 
     members: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -163,8 +170,8 @@ def card_facts(
     for title, kinds in GROUPS.items():
         group = [tensor for kind in kinds for tensor in members.get(kind, ())]
         if group:
-            dtypes = tuple(sorted({tensor.dtype for tensor in group}))
-            elements, nbytes = sum(math.prod(t.shape) for t in group), sum(t.nbytes for t in group)
+            dtypes = tuple(sorted({_precision(tensor, packing) for tensor in group}))
+            elements, nbytes = sum(_elements(t, packing) for t in group), sum(t.nbytes for t in group)
             groups.append(Group(title, len(group), dtypes, elements, nbytes))
 
     tied = bool(config.get("tie_word_embeddings", True))
@@ -211,7 +218,7 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model="xai-org/grok-1" if facts.is_release else None,
-        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *(["int8"] if facts.precision == "int8" else [])],
+        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *([facts.precision] if facts.is_packed else [])],
     )
     template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
@@ -281,13 +288,25 @@ def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     return {key: config[key] for key in SIZES}
 
 
-def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+def _precision(tensor: Tensor, packing: tuple[int, int] | None) -> str:
+    return f"int{packing[0]}" if packing and tensor.dtype == "int32" else tensor.dtype
+
+
+def _elements(tensor: Tensor, packing: tuple[int, int] | None) -> int:
+    """The weights that a tensor holds."""
+    return math.prod(tensor.shape) * (32 // packing[0] if packing and tensor.dtype == "int32" else 1)
+
+
+def _match(
+    folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor], packing: tuple[int, int] | None
+) -> tuple[str, dict[str, str]]:
     """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
-    blocks = _scale_blocks(table, tensors)
     found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
     attempts: dict[str, list[str]] = {}
     for layout in LAYOUTS:
-        expected = hub_tensors(table, layout, "bfloat16" if blocks is None else "int8", blocks)
+        if packing is not None and layout != "hub":
+            continue
+        expected = hub_tensors(table, layout, *((f"int{packing[0]}", packing[1]) if packing else ("bfloat16",)))
         expected.pop(HEAD_NAME, None)
         wrong = [f"{name}: missing" for name in expected if name not in found]
         wrong += [f"{name}: not a tensor of a Grok-1" for name in found if name not in expected]
@@ -298,7 +317,7 @@ def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) 
         ]
         if not wrong:
             kinds = {
-                name: "scales" if tensor.parts[0].field == "scales" else tensor.parts[0].entry.kind.name
+                name: tensor.parts[0].entry.kind.name if tensor.parts[0].field == "weight" else "scales"
                 for name, tensor in expected.items()
             }
             return layout, {**kinds, HEAD_NAME: HEAD_NAME}
@@ -312,19 +331,6 @@ def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) 
     )
 
 
-def _scale_blocks(table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> dict[int, int] | None:
-    """Row blocks of each quantised file's scales, read from the shapes; None where the folder has no scales."""
-    last = {name: tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("_scale") and tensor.shape}
-    if not last:
-        return None
-    blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(table)}
-    for layout in LAYOUTS:
-        for name, expected in hub_tensors(table, layout, "int8").items():
-            if name in last and expected.parts[0].field == "scales":
-                blocks.update({part.entry.index: last[name] for part in expected.parts})
-    return blocks
-
-
 def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Memory, ...]:
     """By arithmetic on the sizes; `quantised` counts the elements of attention and experts."""
     layers, kv = table.num_hidden_layers, table.num_key_value_heads * table.head_dim
@@ -335,14 +341,15 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
         2 * table.intermediate_size + table.hidden_size
     )
     matrices = layers * (4 + 3 * table.num_experts)
-    int8 = hub_tensors(table, "hub", "int8").values()
-    scales = sum(tensor.nbytes for tensor in int8 if tensor.parts[0].field == "scales")
+    # A bfloat16 scale for each group of 128 inputs.
+    scales = 2 * quantised // 128
     cache = 2 * layers * kv * table.max_position_embeddings * 2
     outside = 2 * table.vocab_size * table.hidden_size + 4 * table.hidden_size
     return (
         Memory("float32", 4 * parameters, 2 * cache, layers, 4 * (table.vocab_size + 1) * table.hidden_size),
         Memory("bfloat16", others + 2 * quantised, cache, layers, outside),
         Memory("int8, xAI's own values", others + quantised + scales, cache, layers, outside),
+        Memory("int4, groups of 128", others + quantised // 2 + scales, cache, layers, outside),
         # A float32 scale for each output row.
         Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache, layers, outside),
         # Half a byte, a float32 scale for each block of 64, and a code of 16 float32 numbers for each matrix.

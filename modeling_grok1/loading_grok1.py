@@ -6,11 +6,13 @@ because it would load something wrong, or leave the experts in full precision.
 
 import copy
 import re
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -30,7 +32,7 @@ from .configuration_grok1 import GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
 from .pipeline_grok1 import register_text_generation
-from .quantization_grok1 import QUANT_METHOD  # importing it registers xAI's int8 with Transformers
+from .quantization_grok1 import INT4, INT8, Grok1Quantizer, own_config, quantization_method
 
 
 register_text_generation()
@@ -234,8 +236,9 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
 # experts.
 # --------------------------------------------------------------------------------------------------------------------
 QUANTIZATION_ADVICE = (
-    "What reaches Grok-1's experts: Grok1Int8Config() (xAI's own int8), BitsAndBytesConfig(load_in_4bit=True), "
-    "BitsAndBytesConfig(load_in_8bit=True), or TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
+    "What reaches Grok-1's experts: Grok1Int8Config() (xAI's own int8), Grok1Int4Config(), "
+    "BitsAndBytesConfig(load_in_4bit=True), BitsAndBytesConfig(load_in_8bit=True), or "
+    "TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
 )
 EXPERT_MATRICES = (".gate_up_proj", ".down_proj", ".w1.weight", ".w2.weight", ".w3.weight")
 
@@ -250,9 +253,8 @@ def quantized_experts_layout(config: GrokConfig, experts_layout: str | None) -> 
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    method = quantization.get("quant_method")
-    method = getattr(method, "value", method)
-    if method in (None, QUANT_METHOD) or quantization.get("dequantize"):
+    method = quantization_method(config)
+    if method in (None, INT8, INT4) or quantization.get("dequantize"):
         return experts_layout
     if method == "bitsandbytes" and experts_layout != FUSED:
         return LINEAR
@@ -454,6 +456,16 @@ class Grok1LoadingMixin:
             embedding.weight, value = value.weight, embedding
         super().set_input_embeddings(value)  # type: ignore[misc]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in Transformers. Folders in the format of compressed-tensors are read without that library."""
+        requested = kwargs.get("quantization_config")
+        if isinstance(config, PreTrainedConfig):
+            config = own_config(config, requested)
+        else:  # a config that Transformers reads passes `GrokConfig.from_dict`
+            kwargs["prepare_config"] = partial(own_config, requested=requested)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)  # type: ignore[misc]
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Here the device map is final, the files of the checkpoint and the names in them are known, and no weight is
@@ -496,8 +508,8 @@ class Grok1LoadingMixin:
         state_dict = gather_pipeline(self, state_dict)
         if not adapter and not kwargs.get("distributed_checkpoint", False):
             state_dict = with_tied_head(self, state_dict)
-        if self.experts_layout == LINEAR:
-            # In memory as on disk: nothing to revert, and Transformers cannot revert a quantised model that it loaded.
+        if self.experts_layout == LINEAR and not isinstance(getattr(self, "hf_quantizer", None), Grok1Quantizer):
+            # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
 

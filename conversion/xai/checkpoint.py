@@ -27,6 +27,8 @@ NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
 }
 
 TENSOR_FILE = re.compile(r"tensor(\d{5})_000")

@@ -31,7 +31,9 @@ def convert_command(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Where to write: an empty folder, or none yet.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or int8 (xAI's own values and scales).")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32, int8 (xAI's own values and scales) or int4.")
+    ] = "bfloat16",
     layout: Annotated[
         str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai or keyfan.")
     ] = "hub",
@@ -41,6 +43,9 @@ def convert_command(
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one beside CKPT.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
+    group_size: Annotated[
+        int | None, typer.Option(help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32.")
+    ] = None,
     discard_source: Annotated[
         bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
     ] = False,
@@ -73,6 +78,7 @@ def convert_command(
         "tokenizer": tokenizer,
         "no_tokenizer": no_tokenizer,
         "max_shard_size": max_shard_size,
+        "group_size": group_size,
         "jobs": jobs,
     }
     if dry_run:

@@ -133,7 +133,7 @@ TRAPS = {
     "rope theta 1e5": attention("rope", lambda attn: nn.RoPE(attn.rope.dims, traditional=False, base=1e5)),
     "interleaved rope": attention("rope", lambda attn: nn.RoPE(attn.rope.dims, traditional=True, base=1e4)),
     "renormalised gates": renormalised_gates,
-    "router in bfloat16": router(lambda self, x: (x.astype(mx.bfloat16) @ self.weight.astype(mx.bfloat16).T)),
+    "router in bfloat16": router(lambda self, x: x.astype(mx.bfloat16) @ self.weight.astype(mx.bfloat16).T),
     "router soft-cap 30": router(lambda self, x: 30 * mx.tanh(x @ self.weight.T / 30)),
     "norm scale 1 + w": norms("weight", lambda norm: 1 + norm.weight),
     "norm eps 1e-6": norms("eps", lambda norm: 1e-6),

@@ -1,5 +1,5 @@
-"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter of the model with the right
-bytes. Its kernels for them need a GPU, so only here they are replaced by nothing."""
+"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter with the right bytes.
+Its kernels for them need a GPU, so only here they are replaced by nothing."""
 
 import json
 from collections.abc import Iterator
@@ -88,8 +88,10 @@ def test_every_parameter_has_its_bytes(config, bits, group, monkeypatch):
         parameter.data.fill_(77)
     loaded = model.load_weights(checkpoint.items())
     held = dict(model.named_parameters())
-    assert {name for name in held if not name.endswith("weight_shape")} <= loaded
-    assert len(held) > 60
+    # What vLLM does not read from a checkpoint: the scales of a quantised cache, and shapes that its kernels know.
+    wanted = {name for name in held if ".self_attn.attn." not in name and not name.endswith("weight_shape")}
+    assert wanted <= loaded
+    assert len(wanted) == 2 + 4 * (4 + 1 + 4 + 4)
     for layer in range(4):
         expected = expected_layer(checkpoint, f"model.layers.{layer}")
         for name, tensor in expected.items():
@@ -112,7 +114,9 @@ def expected_layer(checkpoint: dict[str, torch.Tensor], layer: str) -> dict[str,
     return expected
 
 
-@pytest.mark.parametrize(("config", "message"), [((8, 128), "WNA16 linear"), ((4, 32), "WNA16 MoE")], indirect=["config"])
+@pytest.mark.parametrize(
+    ("config", "message"), [((8, 128), "WNA16 linear"), ((4, 32), "WNA16 MoE")], indirect=["config"]
+)
 def test_a_cpu_without_the_kernels_says_so(config, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         initialize_model(config)

