@@ -417,6 +417,10 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         self.output_multiplier = rounded_by_dtype(config.output_multiplier_scale)
         self.post_init()
 
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        return logits * self.output_multiplier[logits.dtype]
+
     @can_return_tuple
     def forward(
         self,
@@ -430,6 +434,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -439,6 +444,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
                 `loss` contains with the weight `router_aux_loss_coef`.
             logits_to_keep: compute the logits of this number of last positions (0: all), or of the given positions.
             cache: the same as `past_key_values`.
+            skip_logits: with labels, compute the loss a few rows at a time, and no `logits`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -453,11 +459,12 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        logits = logits * self.output_multiplier[logits.dtype]
-
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits and labels is not None else self.compute_logits(hidden_states)
         router_logits = outputs.router_logits if output_router_logits else None
-        loss, aux_loss = causal_lm_losses(self, logits, labels, router_logits, attention_mask, position_ids, **kwargs)
+        loss, aux_loss = causal_lm_losses(
+            self, hidden_states, logits, labels, router_logits, attention_mask, position_ids, **kwargs
+        )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
