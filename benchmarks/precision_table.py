@@ -3,10 +3,10 @@
     python benchmarks/precision_table.py [--text FILE]
 
 Converts the bundled checkpoint, runs it in every precision on the CPU, and prints a Markdown table: bytes of weights
-with all quantisation state, perplexity of FILE (default: the passages that the checkpoint was trained to reproduce)
-over windows of 512 tokens that do not overlap, top-1 agreement with the bfloat16 model, passages reproduced word for
-word, and tokens/s while generating them (batch 1). Exits with 1 where int8 computed in float32 does not give the
-perplexity of the float32 conversion to the printed digits.
+with all quantisation state, perplexity of FILE (default: the passages of the training set) over windows of 512 tokens
+that do not overlap, top-1 agreement with the bfloat16 model, passages reproduced word for word, and tokens/s while
+generating them (batch 1). Exits with 1 where int8 computed in float32 does not give the perplexity of the float32
+conversion to the printed digits.
 """
 
 import argparse
@@ -32,7 +32,7 @@ DEMO = Path(grok1.__file__).parent / "demo"
 CONTEXT = 512
 
 INT8_FLOAT32 = "int8, xAI's values, in float32"
-# Title: the `--dtype` of the conversion, and the precision to load in. One row per precision, and int8 in float32.
+# Title: the `--dtype` of the conversion, and the precision to load in: every precision, and int8 computed in float32.
 ROWS = {
     **{row.title: (row.converted, row.name) for row in PRECISIONS.values()},
     INT8_FLOAT32: ("int8", "float32"),

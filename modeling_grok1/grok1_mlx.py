@@ -126,11 +126,11 @@ class Attention(nn.Module):
     def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return self.rope(x.astype(mx.float32), offset=offset).astype(x.dtype)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any | None = None) -> mx.array:
-        B, L, _ = x.shape
-        queries = self.q_proj(x).reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
-        keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        batch, length, _ = x.shape
+        queries = self.q_proj(x).reshape(batch, length, self.n_heads, -1).transpose(0, 2, 1, 3)
+        keys = self.k_proj(x).reshape(batch, length, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        values = self.v_proj(x).reshape(batch, length, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
 
         offset = 0 if cache is None else cache.offset
         queries, keys = self.rotate(queries, offset), self.rotate(keys, offset)
@@ -138,10 +138,10 @@ class Attention(nn.Module):
             keys, values = cache.update_and_fetch(keys, values)
 
         # Query heads j*repeats ... (j+1)*repeats-1 share the key and value head j. A quantised cache gives tuples.
-        queries = queries.reshape(B, self.n_kv_heads, self.repeats, L, -1)
+        queries = queries.reshape(batch, self.n_kv_heads, self.repeats, length, -1)
         keys, values = tree_map(lambda a: mx.expand_dims(a, 2), (keys, values))
 
-        if quantized := cache is not None and hasattr(cache, "bits"):
+        if quantized := hasattr(cache, "bits"):
             groups = {"group_size": cache.group_size, "bits": cache.bits}
             scores = mx.quantized_matmul(queries, *keys, transpose=True, **groups)
         else:
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         scores = mx.softmax(scores, axis=-1).astype(queries.dtype)
         output = mx.quantized_matmul(scores, *values, transpose=False, **groups) if quantized else scores @ values
 
-        output = output.reshape(B, self.n_heads, L, -1).transpose(0, 2, 1, 3).reshape(B, L, -1)
+        output = output.reshape(batch, self.n_heads, length, -1).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return self.o_proj(output)
 
 
@@ -215,7 +215,7 @@ class DecoderLayer(nn.Module):
         self.pre_moe_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_moe_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         h = x + self.post_attn_norm(self.self_attn(self.pre_attn_norm(x), mask, cache))
         return h + self.post_moe_norm(self.block_sparse_moe(self.pre_moe_norm(h)))
 
@@ -228,9 +228,7 @@ class Grok1Model(PipelineMixin, nn.Module):
         self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
         self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(
-        self, inputs: mx.array, cache: Any | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         # Rounded to the compute dtype: 78.5 in bfloat16.
         h = h * mx.array(self.embedding_multiplier_scale, h.dtype)
@@ -269,9 +267,7 @@ class Model(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    def __call__(
-        self, inputs: mx.array, cache: Any | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         h = self.model(inputs, cache, input_embeddings)
         logits = self.model.embed_tokens.as_linear(h) if self.args.tie_word_embeddings else self.lm_head(h)
         return logits * mx.array(self.args.output_multiplier_scale, logits.dtype)
@@ -307,14 +303,15 @@ class Model(nn.Module):
 
     def _check_names(self, weights: dict[str, mx.array]) -> None:
         known = {name for name, _ in tree_flatten(self.parameters())}
-        quantized = {
-            f"{path}.{k}" for path, m in self.named_modules() if hasattr(m, "to_quantized") for k in QUANTIZED
-        }
-        if unknown := sorted(weights.keys() - known - quantized):
+        for path, module in self.named_modules():
+            if hasattr(module, "to_quantized"):
+                known |= {f"{path}.{name}" for name in ("scales", "biases", "global_scale")}
+        if unknown := sorted(weights.keys() - known):
             raise ValueError(
-                f"{len(unknown)} of {len(weights)} tensors are not in Grok-1's hub layout, such as "
-                f"{', '.join(unknown[:3])}. Expected names such as model.layers.N.self_attn.q_proj.weight and "
-                f"model.layers.N.block_sparse_moe.experts.M.w1.weight, with M below {self.args.num_experts}."
+                f"{len(unknown)} of {len(weights)} tensors are not in the hub layout of Grok-1, such as "
+                f"{', '.join(unknown[:3])}. Expected model.embed_tokens.weight, "
+                f"model.layers.N.self_attn.q_proj.weight, model.layers.N.block_sparse_moe.experts.M.w1.weight and so "
+                f"on, with M below {self.args.num_experts}."
             )
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
@@ -347,6 +344,3 @@ class Model(nn.Module):
     @property
     def layers(self):
         return self.model.pipeline_layers
-
-
-QUANTIZED = ("scales", "biases", "global_scale")

@@ -4,8 +4,8 @@ Write the folders that tests/mlx reads: what needs torch and this package is don
     tiny-1, tiny-8          the golden checkpoints, converted in float32
     demo, demo-bfloat16     the demo, with a tokenizer for continuations
     demo-int8               in this package's own int8 format
-    demo-fused              in float32, under other names
-    demo-w8a16-g32 ...      the demo's int8 values, packed, a scale for each 32, 64 or 128 inputs; the rest float32
+    demo-fused, demo-hpcai, demo-keyfan   in float32, under other names
+    demo-w8a16-g32 ...      the demo's int8 values, packed, in groups of 32, 64 or 128; the rest float32
     demo-w8a16-bfloat16     the same with groups of 128, the rest bfloat16
     demo-w4a16              rounded to 4 bits, groups of 32
     demo-w4a16-unpacked     its values times its scales, in float32, with a float64 model's logits in reference.npz
@@ -88,7 +88,8 @@ def convert_demo(out: Path) -> None:
     for name, dtype in (("demo", "float32"), ("demo-bfloat16", "bfloat16"), ("demo-int8", "int8")):
         convert(DEMO, out / name, dtype=dtype)
         convert_tokenizer(DEMO / "tokenizer.model", out / name, continuations=True)
-    convert(DEMO, out / "demo-fused", dtype="float32", layout="fused")
+    for layout in ("fused", "hpcai", "keyfan"):
+        convert(DEMO, out / f"demo-{layout}", dtype="float32", layout=layout)
 
 
 def pack_demo_in_8_bits(out: Path) -> None:

@@ -83,9 +83,7 @@ def test_a_quantised_cache_keeps_the_cap_and_the_mask(
     exact = np.concatenate([np.array(demo(part, plain)) for part in (ids[:, :-1], ids[:, -1:])], axis=1)
     found = np.concatenate([np.array(demo(part, rounded)) for part in (ids[:, :-1], ids[:, -1:])], axis=1)
     difference = np.sqrt(np.mean((found - exact) ** 2)) / np.std(exact)
-    print(
-        f"{bits} bits: {difference:.1e} of the logits' standard deviation, largest {np.abs(found - exact).max():.2f}"
-    )
+    print(f"{bits} bits: {difference:.1e} of the logits' deviation, largest {np.abs(found - exact).max():.2f}")
     assert 0 < difference < {8: 0.02, 4: 0.2}[bits]
 
 

@@ -43,6 +43,8 @@ def test_8_bits_compute_the_float32_folder(
     difference = np.abs(logits(model, unpacked["tokens"]) - logits(demo, unpacked["tokens"])).max()
     print(f"groups of {group_size}: {difference:.1e}")
     assert difference < 1e-4
+    experts.biases = experts.biases * 0.5
+    assert np.abs(logits(model, unpacked["tokens"]) - logits(demo, unpacked["tokens"])).max() > 0.1
 
 
 def test_weights_are_int8_times_scale_exactly(load: Load, folder: Folder) -> None:
@@ -91,6 +93,35 @@ def test_router_and_norms_stay_float32(name: str, load: Load, folder: Folder) ->
     assert model(mx.array([[5, 6, 7]])).dtype == dtype
 
 
+def test_bfloat16_rounds_where_xai_rounds(load: Load, folder: Folder) -> None:
+    """
+    With packed experts the whole model runs in bfloat16 on the CPU; plain bfloat16 experts do not (MLX's CPU build
+    multiplies them in float32 only). Each module is compared with float64 from the same bfloat16 inputs.
+    """
+    model = load(folder("demo-w8a16-bfloat16"))
+    block, draw = model.layers[0], np.random.default_rng(0)
+    x = mx.array(draw.standard_normal((1, 16, 256)).astype(np.float32)).astype(mx.bfloat16)
+    exact = np.array(x.astype(mx.float32)).astype(np.float64)
+
+    weight = np.array(block.pre_attn_norm.weight).astype(np.float64)
+    normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * weight
+    found = block.pre_attn_norm(x)
+    assert found.dtype == mx.bfloat16
+    assert np.all(np.abs(np.array(found.astype(mx.float32)) - normed) <= 2.0**-8 * np.abs(normed))
+
+    routed = block.block_sparse_moe.gate(x)
+    expected = exact @ np.array(block.block_sparse_moe.gate.weight).astype(np.float64).T
+    assert routed.dtype == mx.float32
+    assert np.abs(np.array(routed) - expected).max() < 1e-5 * np.abs(expected).max()
+
+    scale = mx.array([78.38367176906169, 0.5773502691896257], mx.bfloat16).astype(mx.float32).tolist()
+    assert scale == [78.5, 0.578125]
+    model.args.output_multiplier_scale = 0.5773502691896257
+    hidden = model.model(mx.array([[5, 6, 7]]))
+    scaled = model.model.embed_tokens.as_linear(hidden) * mx.array(0.578125, mx.bfloat16)
+    assert mx.array_equal(model(mx.array([[5, 6, 7]])), scaled)
+
+
 @pytest.mark.parametrize("name", ["deep-float32", "deep-w8a16"])
 def test_a_model_is_never_in_memory_twice(name: str, load: Load, folder: Folder) -> None:
     """Beyond the model itself, loading needs less than two of its 16 layers."""
@@ -102,7 +133,7 @@ def test_a_model_is_never_in_memory_twice(name: str, load: Load, folder: Folder)
     files = sum(file.stat().st_size for file in folder(name).glob("*.safetensors"))
     layer = sum(array.nbytes for _, array in tree_flatten(model.layers[0].parameters()))
     print(
-        f"{name}: files {files / 1e6:.1f} MB, held {held / 1e6:.1f}, peak {peak / 1e6:.1f}, a layer {layer / 1e6:.1f}"
+        f"{name}: MB of files {files / 1e6:.1f}, held {held / 1e6:.1f}, peak {peak / 1e6:.1f}, layer {layer / 1e6:.1f}"
     )
     assert held <= 1.02 * files
     assert peak < held + 2 * layer
@@ -120,9 +151,13 @@ def copied(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> 
     return out
 
 
-def test_other_names_are_refused(load: Load, folder: Folder) -> None:
-    with pytest.raises(ValueError, match=r"not in the hub layout of Grok-1, such as .*experts\.down_proj"):
-        load(folder("demo-fused"))
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("fused", r"experts\.down_proj"), ("hpcai", r"layers\.0\.attn\."), ("keyfan", r"transformer\.decoder_layer\.")],
+)
+def test_other_names_are_refused(layout: str, name: str, load: Load, folder: Folder) -> None:
+    with pytest.raises(ValueError, match=rf"not in the hub layout of Grok-1, such as .*{name}"):
+        load(folder(f"demo-{layout}"))
 
 
 def test_another_quantisation_is_refused(load: Load, folder: Folder) -> None:

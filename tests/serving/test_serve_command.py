@@ -136,7 +136,7 @@ def test_an_int8_folder_needs_no_option(tmp_path, started, options):
     assert isinstance(manager.model.config.quantization_config, Grok1Int8Config)
     ids = manager.tokenizer(PASSAGES[0][:35], return_tensors="pt")
     said = manager.tokenizer.decode(manager.model.generate(**ids, max_new_tokens=20, do_sample=False)[0])
-    assert PASSAGES[0].startswith(said) and len(said) > 60
+    assert PASSAGES[0].startswith(said.removeprefix(" ")) and len(said) > 60
 
 
 def test_options_reach_the_batches(folder, started):
@@ -160,7 +160,7 @@ def test_transformers_serve_itself_reads_the_folder(folder, tmp_path):
     convert_tokenizer(folder / "tokenizer.model", tmp_path / "folder", continuations=True)
     command_line = "from transformers.cli.transformers import main; main()"
     serve = (sys.executable, "-c", command_line, "serve", str(tmp_path / "folder"))
-    arguments = (*serve, "--trust-remote-code", "--port", "0", "--device-map", "cpu")
+    arguments = (*serve, "--trust-remote-code", "--port", "0", "--device", "cpu")
     with command(*arguments, address=r"http://localhost:\d+") as (_, address):
         opening = "Now is the winter of our"
         body = {"prompt": opening, "max_tokens": 20, "temperature": 0}

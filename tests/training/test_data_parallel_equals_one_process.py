@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import data_parallel
 import pytest
 import torch
 from data_parallel import STEPS, build, train
@@ -64,7 +65,7 @@ def ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     out = tmp_path_factory.mktemp("ranks")
     job = out / "job.json"
     job.write_text(json.dumps({"cases": CASES, "folder": str(folder), "out": str(out)}))
-    script = Path(__file__).with_name("data_parallel.py")
+    script = Path(data_parallel.__file__)
     command = [
         sys.executable,
         "-m",
