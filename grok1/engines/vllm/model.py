@@ -52,8 +52,8 @@ def rounded(value: float) -> float:
 
 @contextmanager
 def attention_adapters_only() -> Iterator[None]:
-    """Experts that are built inside take no LoRA adapters on a CPU: vLLM would choose Triton kernels for them, which do
-    not run there."""
+    """Experts that are built inside take no LoRA adapters on a CPU: vLLM would choose Triton kernels for them, which
+    do not run there."""
     vllm_config = get_current_vllm_config()
     lora_config = vllm_config.lora_config
     if current_platform.is_cpu():
