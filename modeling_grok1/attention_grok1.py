@@ -72,7 +72,8 @@ class Pieces(torch.autograd.Function):
         ctx.attention, ctx.pieces = attention, pieces
         ctx.save_for_backward(query, key, value)
         device = query.device.type
-        ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        if torch.amp.is_autocast_available(device):  # the meta device, on which memory is measured, has none
+            ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         outputs = [
             attention(query[:, :, piece], key[:, :, :visible], value[:, :, :visible], mask)[0]
             for piece, visible, mask in pieces
