@@ -87,7 +87,8 @@ def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
         out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
         # The groups divide every scale block.
-        group_size = {"tiny-1": 16, "tiny-8": 2}[name] if dtype == "int8" else None
+        group_sizes = {"int8": {"tiny-1": 16, "tiny-8": 2}, "int4": {"tiny-1": 16, "tiny-8": 16}}
+        group_size = group_sizes.get(dtype, {}).get(name)
         convert(golden / name, out, dtype=dtype, group_size=group_size, no_tokenizer=True)
         return out
 
