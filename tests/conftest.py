@@ -16,10 +16,14 @@ from modeling_grok1 import GrokConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Transformers' own tests, llama.cpp and vLLM are run only when `make conformance`, `interop` and `test-vllm` ask.
-# mlx-lm's run without this file, in `make test-mlx`.
-collect_ignore = [name for name in ("conformance", "interop", "vllm") if not os.environ.get(f"GROK1_{name.upper()}")]
-collect_ignore.append("mlx")
+# Run by targets of their own, the engines in environments of their own: `make conformance`, `interop`, `test-vllm` and
+# `ecosystem` ask for theirs, and mlx-lm's tests run without this file.
+collect_ignore = [
+    name
+    for name in ("conformance", "interop", "engines/vllm", "ecosystem")
+    if not os.environ.get(f"GROK1_{name.rpartition('/')[2].upper()}")
+]
+collect_ignore.append("engines/mlx")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -1,6 +1,6 @@
 """Write what the tests in this folder compare vLLM with: folders to serve, and what Transformers computes with them.
 
-    .venv/bin/python tests/vllm/prepare.py .cache/vllm-data
+    .venv/bin/python tests/engines/vllm/prepare.py .cache/vllm-data
 
 It runs in the main environment, for the model's own code needs a newer Transformers than vLLM brings.
 """
@@ -20,7 +20,7 @@ from grok1.conversion.convert import convert
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "grok1" / "demo"
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 PASSAGES = json.loads((DEMO / "passages.json").read_text(encoding="utf-8"))
