@@ -75,12 +75,12 @@ def causal_lm_losses(
             num_items_in_batch, share = divisor_and_share(labels, targets, num_items_in_batch, kwargs)
         loss_function = model.loss_function if logits is not None else partial(loss_in_pieces, model.compute_logits)
         scores = logits if logits is not None else hidden_states
-        loss = loss_function(scores, targets, model.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
+        loss = loss_function(scores, targets, model.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
     if router_logits is not None:
         config = model.config
         if attention_mask is not None:
             # Of the tokens of this call alone: in generation the mask covers the cache too, and may be 4-D.
-            tokens = router_logits[0].shape[0] // logits.shape[0]
+            tokens = hidden_states.shape[1]
             attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
         aux_loss = load_balancing_loss_func(
             router_logits, config.num_experts, config.num_experts_per_tok, attention_mask

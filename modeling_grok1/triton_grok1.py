@@ -99,7 +99,7 @@ def quantised_matmul_kernel(
             if GROUP % BLOCK_K != 0:
                 x_mask = x_mask & (offset + inner < GROUP)[None, :]
                 w_mask = w_mask & (offset + inner_bytes * 8 // BITS < GROUP)[:, None]
-            # The compiler loads 16 bytes at a time where it sees that addresses follow each other: k is added as it is.
+            # The compiler loads 16 bytes at a time only where it sees that addresses follow each other.
             x = tl.load(x_rows + (k + inner)[None, :], mask=x_mask, other=0.0)
             w_rows = weight_ptr + weight_rows[None, :] * (K * BITS // 8)
             w = tl.load(w_rows + (k * BITS // 8 + inner_bytes)[:, None], mask=w_mask, other=0)

@@ -1,5 +1,5 @@
 """
-Write the folders that tests/engines/mlx reads: what needs torch and this package is done here, so that the tests need neither.
+Write the folders that tests/engines/mlx reads. What needs torch and this package is done here: the tests need neither.
 
     tiny-1, tiny-8          the golden checkpoints, converted in float32
     demo, demo-bfloat16     the demo, with a tokenizer for continuations
