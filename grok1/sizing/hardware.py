@@ -93,7 +93,7 @@ class Gpus:
         Raises:
             ValueError: neither a known card nor a size.
         """
-        match = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?([^x\s]+(?:\s*[gG][iI]?[bB])?)", text.strip(), re.IGNORECASE)
+        match = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?(.+)", text.strip(), re.IGNORECASE)
         nodes, per_node = (int(match[1] or 1), int(match[2] or 1)) if match else (0, 0)
         if match is None or nodes * per_node == 0:
             raise ValueError(_not_hardware(text))
