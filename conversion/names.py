@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from grok1.files import ITEMSIZE
+
 
 LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
 DTYPES = ("bfloat16", "float32", "int8")
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class GrokSizes(Protocol):

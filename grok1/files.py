@@ -30,9 +30,20 @@ MAX_HEADER_BYTES = 100_000_000
 # The release has 2,115 tensors, in int8 3,906. The JSON of many more takes gigabytes to parse.
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
-# The dtypes that Grok-1 is stored in, as safetensors and as torch spell them, and the bytes of one number.
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
+# https://github.com/huggingface/safetensors#format: its dtypes, their names in torch, and the bytes of one number.
+# fmt: off
+_DTYPES = (
+    ("F64", "float64", 8), ("F32", "float32", 4), ("F16", "float16", 2), ("BF16", "bfloat16", 2),
+    ("I64", "int64", 8), ("I32", "int32", 4), ("I16", "int16", 2), ("I8", "int8", 1), ("BOOL", "bool", 1),
+    ("U64", "uint64", 8), ("U32", "uint32", 4), ("U16", "uint16", 2), ("U8", "uint8", 1), ("C64", "complex64", 8),
+    ("F8_E4M3", "float8_e4m3fn", 1), ("F8_E5M2", "float8_e5m2", 1),
+)
+# fmt: on
+TORCH_NAME = {code: name for code, name, _ in _DTYPES}
+SAFETENSORS_NAME = {name: code for code, name, _ in _DTYPES}
+ITEMSIZE = {name: size for _, name, size in _DTYPES}
+# The dtypes of Grok-1's folders.
+GROK_DTYPES = ("float32", "bfloat16", "int8")
 HASH_BLOCK_BYTES = 4 * 2**20
 # Flags of os.open that some systems lack.
 BINARY = getattr(os, "O_BINARY", 0)
@@ -171,6 +182,11 @@ class FileState(NamedTuple):
     inode: int
     ctime_ns: int
 
+    @property
+    def lasting(self) -> list[int]:
+        """What stays when a file is renamed or its permissions change, as JSON values: all but the time of change."""
+        return [self.size, self.mtime_ns, self.inode]
+
     @classmethod
     def of(cls, file: str | os.PathLike[str] | int) -> FileState:
         """The state of a path or an open descriptor. Raises OSError."""
@@ -264,12 +280,13 @@ def _stored(path: Path, name: str, described: Any, data: int) -> StoredTensor:
         sound = False
     if not sound:
         raise ValueError(f"expected dtype, shape and data_offsets of {name}, found something else")
-    if code not in DTYPES:
-        raise ValueError(f"expected {name} as one of {', '.join(sorted(DTYPES))}, found {code}")
-    nbytes = math.prod(shape) * ITEMSIZE[DTYPES[code]]
+    if code not in TORCH_NAME:
+        raise ValueError(f"expected {name} as one of {', '.join(sorted(TORCH_NAME))}, found {code}")
+    dtype = TORCH_NAME[code]
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
         raise ValueError(f"expected {nbytes} bytes for {name} {code} {shape}, found {end - begin}")
-    return StoredTensor(path, DTYPES[code], shape, data + begin, nbytes)
+    return StoredTensor(path, dtype, shape, data + begin, nbytes)
 
 
 def read_model_folder(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -289,6 +306,11 @@ def read_model_folder(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]
         except (ValueError, OSError) as error:
             problems.append(f"{shard}: {error}")
             continue
+        problems += [
+            f"{shard}: expected {name} as one of {', '.join(GROK_DTYPES)}, found {tensor.dtype}"
+            for name, tensor in found.items()
+            if tensor.dtype not in GROK_DTYPES
+        ]
         problems += [f"{name}: expected in one shard, found in {shard} too" for name in tensors.keys() & found.keys()]
         tensors |= found
     if weight_map and not problems:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from .configuration_grok1 import GrokConfig
 from .quantization_grok1 import QUANT_METHOD, Grok1Int8Quantizer, grouped_matmul
+from .sizes_grok1 import parse_size
 
 
 CPU, DISK = "cpu", "disk"
@@ -31,19 +32,9 @@ CPU, DISK = "cpu", "disk"
 EXPERT_TENSOR = re.compile(r"layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(\w+)$")
 # https://github.com/huggingface/safetensors#format
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 READ_SIZE = 2**24
 
 Expert = dict[str, torch.Tensor]  # "w1.weight" and so on; what one expert needs to compute
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of `40_000_000_000`, `"40GB"` (decimal) or `"40GiB"` (binary). Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
-    if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"`expert_cache`: expected bytes, or a size such as '40GB' or '40GiB', found {size!r}.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 class StoredTensor(NamedTuple):
@@ -370,4 +361,4 @@ def check_offloading(
             problems.append("`experts_on` is for one process: leave `distributed_config` out")
     if problems:
         raise ValueError("; ".join(problems) + ".")
-    return 0 if expert_cache is None else parse_size(expert_cache)
+    return 0 if expert_cache in (None, 0) else parse_size(expert_cache)

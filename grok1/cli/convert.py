@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,7 +32,7 @@ def convert_command(
         Path | None, typer.Option(help="config.json; by default the one beside CKPT, or the release's.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; by default the one beside CKPT.")] = None,
-    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Go on without a tokenizer.")] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
     discard_source: Annotated[
         bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
@@ -48,28 +48,33 @@ def convert_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print shards, disk, memory and time; works without the files too.")
     ] = False,
-    jobs: Annotated[int | None, typer.Option(help="Worker threads; by default one a core.", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker threads; by default one per core.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to continue after a break."""
+    """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to resume after a break."""
     from rich.console import Console
 
     from grok1.cli.progress import byte_progress
     from grok1.conversion.convert import convert
     from grok1.conversion.dry_run import forecast
+    from grok1.conversion.settings import Settings
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "layout": layout,
-        "config": config,
-        "tokenizer": tokenizer,
-        "no_tokenizer": no_tokenizer,
-        "max_shard_size": max_shard_size,
-        "jobs": jobs,
-    }
+    settings = Settings(
+        dtype=dtype,
+        layout=layout,
+        config=config,
+        tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
+        max_shard_size=max_shard_size,
+        discard_source=discard_source,
+        scratch=scratch,
+        push_to=push_to,
+        private=private,
+        discard_output=discard_output,
+    )
     if dry_run:
-        found = forecast(source, out, **settings)
+        found = forecast(source, out, settings, jobs=jobs)
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=2))
         else:
@@ -77,11 +82,9 @@ def convert_command(
         return
 
     begin = time.perf_counter()
-    settings |= {"discard_source": discard_source, "scratch": scratch}
-    settings |= {"push_to": push_to, "private": private, "discard_output": discard_output}
     try:
         with byte_progress("Converting") as progress:
-            plan = convert(source, out, **settings, progress=progress)
+            plan = convert(source, out, settings, jobs=jobs, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished shards are kept in {out}: run the same command again to continue") from None
     seconds = time.perf_counter() - begin
@@ -93,25 +96,25 @@ def convert_command(
 
 
 def show_forecast(found: Forecast, console: Console) -> None:
-    """Prints what a conversion would come to."""
+    """Prints the size, memory and time of a conversion."""
     for name, nbytes in found.shards.items():
         console.print(f"{name}  {nbytes:>16,} bytes")
     console.print(f"from       {found.source}")
     console.print(f"output     {len(found.shards)} shards, {found.nbytes:,} bytes")
     short = "" if found.free_bytes >= found.needed_bytes else f": {found.needed_bytes - found.free_bytes:,} too few"
     console.print(f"disk       {found.needed_bytes:,} bytes needed, {found.free_bytes:,} free{short}")
-    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, and whatever the page cache likes")
+    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, plus page cache")
     if found.bytes_per_second is None or found.seconds is None:
         console.print("time       unknown: nothing can be written there")
     else:
         rate = found.bytes_per_second / 1e6
         console.print(
-            f"time       about {duration(found.seconds)}, at {rate:,.0f} MB of output a second measured here"
+            f"time       about {duration(found.seconds)}, at {rate:,.0f} MB of output per second, measured here"
         )
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 12 min, 3 h 05 min."""
+    """Seconds as text: 42 s, 12 min, 3 h 05 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -46,8 +46,8 @@ def test_json(grok1, golden, tmp_path):
         (["--dtype", "fp8"], "dtype: expected one of"),
         (["--layout", "x"], "layout: expected one of"),
         (["--config", "nothing.json"], "nothing.json"),
-        (["--max-shard-size", "x"], "max_shard_size: expected a size"),
-        (["--tokenizer", "nothing.model"], "found both asked for"),
+        (["--max-shard-size", "x"], "`max_shard_size`: expected a size"),
+        (["--tokenizer", "nothing.model"], "tokenizer: expected a file or no_tokenizer, found both"),
     ],
 )
 def test_bad_input_exits_with_2(grok1, golden, tmp_path, words, expected):

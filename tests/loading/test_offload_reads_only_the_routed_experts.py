@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.offloading_grok1 import ExpertStore, parse_size, read_tensor
+from modeling_grok1.offloading_grok1 import ExpertStore, read_tensor
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
+from modeling_grok1.sizes_grok1 import parse_size
 
 
 EXPERTS, TOP_K = 8, 2
@@ -372,7 +373,7 @@ def test_a_checkpoint_that_lacks_experts_is_refused_before_anything_runs(folder,
     [
         ({"experts_on": "gpu"}, "`experts_on`: expected 'cpu' or 'disk', found 'gpu'"),
         ({"expert_cache": "1GB"}, "`expert_cache` keeps experts of `experts_on"),
-        ({"experts_on": "disk", "expert_cache": "1 apple"}, "`expert_cache`: expected bytes"),
+        ({"experts_on": "disk", "expert_cache": "1 apple"}, "`expert_cache`: expected a size"),
         ({"experts_on": "disk", "experts_layout": "fused"}, "`experts_layout='fused'`"),
         ({"experts_on": "cpu", "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "'bitsandbytes'"),
     ],
