@@ -1,9 +1,10 @@
 """Two import names: `modeling_grok1`, the model as it goes to the hub, and `grok1`, the command and its library.
 
-The tool folders lie at the top level of the repository for readers; `package_dir` maps them below `grok1`, so that
-nothing as generic as `conversion` or `configuration` lands in site-packages.
+The tool folders are at the top level of the repository; `package_dir` maps them below `grok1`, so that no name as
+generic as `conversion` or `configuration` is installed.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -56,12 +57,17 @@ EXTRAS = {
         "triton>=3.7,<4; platform_system == 'Linux'",
         *SERVE,
     ],
-    "check": ["ruff==0.17.5", "mypy==2.4.1"],
+    "check": ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.17"],
 }
+
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "modeling_grok1" / "__init__.py").read_text(encoding="utf-8"), re.M
+)
+assert VERSION is not None
 
 setup(
     name="modeling-grok1",
-    version="0.1.0",
+    version=VERSION[1],
     description="xAI's Grok-1 (314B mixture of experts) for Hugging Face Transformers",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -79,7 +85,10 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["grok1 = grok1.cli:main"]},
+    entry_points={
+        "console_scripts": ["grok1 = grok1.cli:main"],
+        "vllm.general_plugins": ["grok1 = grok1.engines.vllm:register"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 
 import grok1
 from modeling_grok1 import Grok1Int8Config, GrokConfig
-from modeling_grok1.quantization_grok1 import Int8Experts, Int8Linear, dequantise, gated
+from modeling_grok1.experts_grok1 import geglu
+from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear, dequantise
 
 
 SIZES = {
@@ -117,11 +118,11 @@ def as_jax():
     def experts(self, x, chosen, gates):
         gate_up = dequantise(self.gate_up_proj, self.gate_up_proj_scale, x.dtype)
         down = dequantise(self.down_proj, self.down_proj_scale, x.dtype)
-        y = gated(x @ gate_up.transpose(1, 2)) @ down.transpose(1, 2)  # E N D
+        y = geglu(*(x @ gate_up.transpose(1, 2)).chunk(2, dim=-1)) @ down.transpose(1, 2)  # E N D
         one_hot = nn.functional.one_hot(chosen, self.num_experts).to(x.dtype)  # N k E
         return torch.einsum("end,nke,nk->nd", y, one_hot, gates)
 
-    with mock.patch.multiple(Int8Linear, forward=linear), mock.patch.multiple(Int8Experts, forward=experts):
+    with mock.patch.multiple(QuantizedLinear, forward=linear), mock.patch.multiple(QuantizedExperts, forward=experts):
         yield
 
 

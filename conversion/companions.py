@@ -15,6 +15,7 @@ from grok1.conversion.shards import index_text
 from grok1.conversion.tokenizer import convert_tokenizer
 from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, sync_folder
 from grok1.model_card.card import write_card
+from modeling_grok1.configuration_grok1 import MLX_FILE
 
 
 def write_companions(plan: Plan) -> None:
@@ -40,7 +41,7 @@ def companion_files(folder: Path, plan: Plan) -> list[str]:
         pad_token_id=plan.config.pad_token_id,
     ).save_pretrained(folder)
     for file in resources.files("modeling_grok1").iterdir():
-        if file.name.endswith("_grok1.py"):
+        if file.name.endswith(("_grok1.py", MLX_FILE)):
             (folder / file.name).write_bytes(file.read_bytes())
     license_text = resources.files("grok1.model_card").joinpath("LICENSE")
     (folder / "LICENSE").write_bytes(license_text.read_bytes())

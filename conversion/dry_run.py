@@ -14,7 +14,8 @@ import numpy as np
 
 from grok1.conversion.inputs import find_folder, read_config
 from grok1.conversion.layout import SLAB_BYTES
-from grok1.conversion.names import BLOCK_KINDS, checkpoint_entries, hub_tensors
+from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
+from grok1.conversion.packing import group_size_problems
 from grok1.conversion.plan import Plan, free_bytes, plan_conversion, written_config
 from grok1.conversion.settings import Settings
 from grok1.conversion.shards import make_shard, plan_shards
@@ -98,8 +99,16 @@ def _plan_from_table(out: Path, settings: Settings) -> Plan:
     if settings.problems():
         raise ConversionError("cannot be converted", settings.problems())
     config = GrokConfig() if settings.config is None else read_config(Path(settings.config))
-    shards = plan_shards(hub_tensors(config, settings.layout, settings.dtype).values(), settings.max_shard_bytes)
-    written = written_config(config, settings.dtype, max(kind.scale_blocks for kind in BLOCK_KINDS))
+    group_size = settings.inputs_per_scale
+    if settings.dtype in BITS:
+        entries = checkpoint_entries(config)
+        blocks = {entry.index: entry.kind.scale_blocks for entry in entries}
+        problems = group_size_problems(entries, settings.dtype, group_size, blocks)
+        if problems:
+            raise ConversionError("cannot be converted", problems)
+    tensors = hub_tensors(config, settings.layout, settings.dtype, group_size)
+    shards = plan_shards(tensors.values(), settings.max_shard_bytes)
+    written = written_config(config, settings.dtype, group_size)
     return Plan(out, settings.dtype, settings.layout, written, None, shards, frozenset(), {})
 
 

@@ -8,6 +8,7 @@ memory at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -39,7 +40,8 @@ from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_
 from grok1.errors import ConversionError
 from grok1.files import ITEMSIZE, PARTIAL_SUFFIX, Progress, write_file
 from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.quantization_grok1 import dequantise, quantise
+from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
+from modeling_grok1.quantized_grok1 import dequantise
 
 
 FOLDER_NAME = "ckpt-0"
@@ -92,6 +94,12 @@ class _File:
     frame: TensorFrame
     weights: tuple[RawArray, ...]
     scales: tuple[RawArray, ...]
+    bits: int | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the folder holds xAI's own int8 values and scales."""
+        return self.bits == 8
 
 
 def export_xai(
@@ -107,11 +115,12 @@ def export_xai(
     The files appear together: until the last one is written they lie in `out`/ckpt-0.partial.
 
     Args:
-        folder: a converted folder in any layout, in bfloat16, float32 or int8.
+        folder: a converted folder in any layout, in bfloat16, float32, int8 or int4.
         out: a folder that does not exist or is empty.
         scale_blocks: row blocks that get scales of their own, in the attention output and the experts' down matrices
-            (the release: 8). The other matrices have one. Int8 folders keep the scales they have.
-        jobs: worker threads; by default one a core.
+            (the release: 8). The other matrices have one. Int8 folders keep their scales, one for each block of groups
+            that have the same.
+        jobs: worker threads; by default one per core.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -120,7 +129,8 @@ def export_xai(
     """
     folder, out = Path(folder), Path(out)
     config = read_config(folder / "config.json")
-    files, head, problems = _plan(folder, config, scale_blocks)
+    packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+    files, head, problems = _plan(folder, config, packing, scale_blocks)
     total = sum(file.frame.size for file in files)
     problems = _place_problems(out, total) + problems
     if problems:
@@ -162,14 +172,13 @@ def _place_problems(out: Path, needed: int) -> list[str]:
     return [f"{out}: expected {needed} bytes of free disk, found {free}"] if free < needed else []
 
 
-def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_File], RawArray | None, list[str]]:
+def _plan(
+    folder: Path, config: GrokConfig, packing: tuple[int, int] | None, scale_blocks: int
+) -> tuple[list[_File], RawArray | None, list[str]]:
     """The files to be written, the head if the folder has one, and every problem."""
     found = folder_arrays(folder)
     head = found.pop(HEAD_NAME, None)
-    dtype = "int8" if any(name.endswith("_scale") for name in found) else "float32"
-    tensors = _expected(config, dtype, set(found))
-    if dtype == "int8":
-        tensors = _with_stored_blocks(config, tensors, found)
+    tensors = _expected(config, packing, set(found))
     problems = [f"{name}: expected a tensor {t.shape}, found none" for name, t in tensors.items() if name not in found]
     problems += [f"{name}: expected only Grok-1's tensors, found this one too" for name in found.keys() - tensors]
     for name in tensors.keys() & found.keys():
@@ -181,34 +190,27 @@ def _plan(folder: Path, config: GrokConfig, scale_blocks: int) -> tuple[list[_Fi
     files: list[_File] = []
     if not problems:
         parts = parts_by_entry(tensors.values())
+        blocks = _stored_blocks(parts, found) if packing and packing[0] == 8 else {}
         for entry in checkpoint_entries(config):
-            file, problem = _file(entry, parts[entry.index], found, dtype, scale_blocks)
+            wanted = blocks.get(entry.kind.name, scale_blocks if entry.kind.scale_blocks > 1 else 1)
+            file, problem = _file(entry, parts[entry.index], found, packing[0] if packing else None, wanted)
             files += [] if file is None else [file]
             problems += [problem] if problem else []
     return files, head, sorted(problems)
 
 
-def _expected(config: GrokConfig, dtype: str, names: set[str]) -> dict[str, HubTensor]:
+def _expected(config: GrokConfig, packing: tuple[int, int] | None, names: set[str]) -> dict[str, HubTensor]:
     """The tensors of the layout that shares most names with the folder, without the head."""
-    candidates = [hub_tensors(config, layout, dtype) for layout in LAYOUTS]
+    if packing is not None:
+        candidates = [hub_tensors(config, "hub", f"int{packing[0]}", packing[1])]
+    else:
+        candidates = [hub_tensors(config, layout, "float32") for layout in LAYOUTS]
     best = max(candidates, key=lambda tensors: len(names & tensors.keys()))
     return {name: tensor for name, tensor in best.items() if name != HEAD_NAME}
 
 
-def _with_stored_blocks(
-    config: GrokConfig, tensors: dict[str, HubTensor], found: dict[str, RawArray]
-) -> dict[str, HubTensor]:
-    """The same tensors with as many scale blocks as the folder has."""
-    blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(config)}
-    for name, tensor in tensors.items():
-        if tensor.parts[0].field == "scales" and name in found and found[name].shape:
-            blocks |= {part.entry.index: found[name].shape[-1] for part in tensor.parts}
-    layout = next(layout for layout in LAYOUTS if hub_tensors(config, layout, "int8").keys() == tensors.keys())
-    return hub_tensors(config, layout, "int8", blocks)
-
-
 def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
-    if tensor.dtype in ("int8", "bfloat16"):
+    if tensor.dtype != "float32":
         dtypes: tuple[str, ...] = (tensor.dtype,)
     else:
         dtypes = ("float32", "bfloat16")
@@ -218,30 +220,42 @@ def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
     if tensor.parts[0].field == "scales":
         bad = count_nonfinite(array.read(), array.dtype)
         return [f"{tensor.name}: expected finite scales, found {bad} that are NaN or infinite"] if bad else []
+    if tensor.parts[0].field == "shape":
+        matrix, shape = tensor.parts[0].entry.shape[:-3:-1], tuple(array.read().tolist())
+        return [f"{tensor.name}: expected {matrix}, found {shape}"] if shape != matrix else []
     return []
+
+
+def _stored_blocks(parts: dict[int, list[tuple[HubTensor, Part]]], found: dict[str, RawArray]) -> dict[str, int]:
+    """By kind, the fewest scale blocks that hold the scales of all its matrices."""
+    blocks: dict[str, int] = {}
+    for pairs in parts.values():
+        for tensor, part in pairs:
+            if part.field == "scales":
+                scales = as_tensor(found[tensor.name].read(), "bfloat16")
+                kind = part.entry.kind.name
+                blocks[kind] = math.lcm(blocks.get(kind, 1), merge_scales(scales).shape[-1])
+    return blocks
 
 
 def _file(
     entry: Entry,
     parts: list[tuple[HubTensor, Part]],
     found: dict[str, RawArray],
-    dtype: str,
-    scale_blocks: int,
+    bits: int | None,
+    blocks: int,
 ) -> tuple[_File | None, str]:
-    pieces: dict[str, list[RawArray]] = {"weight": [], "scales": []}
+    pieces: dict[str, list[RawArray]] = {"weight": [], "scales": [], "shape": []}
     for tensor, part in sorted(parts, key=lambda pair: pair[1].expert or 0):
-        pieces[part.field].append(_piece(tensor, part, found[tensor.name]))
+        array = found[tensor.name]
+        pieces[part.field].append(array if tensor.packing else _piece(tensor, part, array))
     scales_shape = None
     if entry.kind.quantised:
-        if dtype == "int8":
-            blocks = pieces["scales"][0].shape[-1]
-        else:
-            blocks = scale_blocks if entry.kind.scale_blocks > 1 else 1
         if blocks < 1 or entry.shape[-2] % blocks:
             return None, f"{entry.path}: expected scale blocks that divide its {entry.shape[-2]} rows, found {blocks}"
         scales_shape = entry.scales_shape(blocks)
     frame = tensor_frame(entry.shape, scales_shape)
-    return _File(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"])), ""
+    return _File(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"]), bits), ""
 
 
 def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
@@ -285,9 +299,10 @@ class _Writer:
         else:
             assert file.frame.scales_shape is not None
             scales = np.empty((len(file.weights), *file.frame.scales_shape[-2:]), np.uint16)
-            if file.scales:
+            if file.is_exact:
                 for expert, array in enumerate(file.scales):
-                    scales[expert] = array.read().T
+                    stored = array.read()
+                    scales[expert] = stored[:, :: stored.shape[1] // scales.shape[1]].T
                 fill = partial(_turn, file)
                 self.report.exact += 1
             else:
@@ -302,7 +317,9 @@ class _Writer:
         """Each expert's matrix (in, out) in one buffer; `fill(expert, matrix, start, stop)` writes its columns."""
         matrix = np.empty(file.frame.shape[-2:], np.int8)
         for expert, array in enumerate(file.weights):
-            blocks = [self.workers.submit(fill, expert, matrix, start, stop) for start, stop in _row_blocks(array)]
+            blocks = [
+                self.workers.submit(fill, expert, matrix, start, stop) for start, stop in _row_blocks(array, file.bits)
+            ]
             for block in blocks:
                 block.result()
             yield matrix
@@ -311,8 +328,8 @@ class _Writer:
         self, file: _File, scales: np.ndarray, loss: Loss, expert: int, matrix: np.ndarray, start: int, stop: int
     ) -> None:
         """Rows (out, in) of the folder to columns of the matrix and of the expert's scales (G, out)."""
-        rows = _float_rows(file.weights[expert], start, stop)
-        values, scale = quantise(rows, scales.shape[1])
+        rows = _matrix_rows(file, expert, start, stop)
+        values, scale = quantise_int8(rows, scales.shape[1])
         # NaN and infinity are carried into the largest value of their block.
         if not torch.isfinite(scale).all():
             raise ConversionError(
@@ -339,9 +356,18 @@ class _Writer:
 
 
 def _turn(file: _File, expert: int, matrix: np.ndarray, start: int, stop: int) -> None:
-    """Stored int8 rows (out, in) to columns of the matrix."""
+    """Packed int8 rows (out, in) to columns of the matrix."""
     rows = torch.from_numpy(file.weights[expert].read_rows((), start, stop))
-    matrix[:, start:stop] = transpose(rows).numpy()
+    matrix[:, start:stop] = transpose(unpack(rows, 8)).numpy()
+
+
+def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tensor:
+    """Rows (out, in) of a matrix in float32, exact."""
+    if file.bits is None:
+        return _float_rows(file.weights[expert], start, stop)
+    packed = torch.from_numpy(file.weights[expert].read_rows((), start, stop))
+    scales = as_tensor(file.scales[expert].read_rows((), start, stop), "bfloat16")
+    return dequantise(unpack(packed, file.bits), scales, torch.float32)
 
 
 def _float_pieces(file: _File) -> Iterator[np.ndarray]:
@@ -356,8 +382,10 @@ def _float_pieces(file: _File) -> Iterator[np.ndarray]:
             yield _float_rows(array, start, stop).numpy()
 
 
-def _row_blocks(array: RawArray) -> Iterator[tuple[int, int]]:
+def _row_blocks(array: RawArray, bits: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of rows with a bounded number of elements, of which an integer holds several if they are packed."""
     rows, columns = array.shape
+    columns *= 1 if bits is None else 32 // bits
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from grok1.arrays import folder_arrays
-from grok1.conversion.names import HEAD_NAME, LAYOUTS, checkpoint_entries, hub_tensors
+from grok1.conversion.names import HEAD_NAME, LAYOUTS, hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.errors import ConversionError
 from grok1.model_card.card import PICTURE, CardFacts, Group, Memory
+from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
 SIZES = (
@@ -31,7 +32,7 @@ SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-HEAD, SCALES = "Output head", "Scales of the int8 weights"
+HEAD, SCALES = "Output head", "Scales of the quantised weights"
 # The kinds of conversion.names under the headings of the card.
 GROUPS = {
     "Experts": ("moe_gate", "moe_up", "moe_down"),
@@ -42,6 +43,9 @@ GROUPS = {
     HEAD: (HEAD_NAME,),
     SCALES: ("scales",),
 }
+
+
+Packed = tuple[int, int]  # bits and group size of packed matrices
 
 
 class Tensor(Protocol):
@@ -79,8 +83,9 @@ def card_facts(
         tensors, shards = stored, [file.stat().st_size for file in {tensor.file for tensor in stored.values()}]
     assert shards is not None
     table = SimpleNamespace(**sizes)
-    layout, kind_of = _match(folder, table, tensors)
-    groups = _groups(tensors, kind_of)
+    packing = bits_and_group_size(config.get("quantization_config"))
+    layout, kind_of = _match(folder, table, tensors, packing)
+    groups = _groups(tensors, kind_of, packing)
     by_title = {group.name: group for group in groups}
     tied = bool(config.get("tie_word_embeddings", True))
     uncounted = {SCALES, HEAD} if tied else {SCALES}
@@ -109,7 +114,7 @@ def card_facts(
     )
 
 
-def _groups(tensors: Mapping[str, Tensor], kind_of: Mapping[str, str]) -> tuple[Group, ...]:
+def _groups(tensors: Mapping[str, Tensor], kind_of: Mapping[str, str], packing: Packed | None) -> tuple[Group, ...]:
     """The tensors under the headings of the card."""
     members: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -118,8 +123,8 @@ def _groups(tensors: Mapping[str, Tensor], kind_of: Mapping[str, str]) -> tuple[
     for title, kinds in GROUPS.items():
         group = [tensor for kind in kinds for tensor in members.get(kind, ())]
         if group:
-            dtypes = tuple(sorted({tensor.dtype for tensor in group}))
-            elements, nbytes = sum(math.prod(t.shape) for t in group), sum(t.nbytes for t in group)
+            dtypes = tuple(sorted({_precision(tensor, packing) for tensor in group}))
+            elements, nbytes = sum(_elements(t, packing) for t in group), sum(t.nbytes for t in group)
             groups.append(Group(title, len(group), dtypes, elements, nbytes))
     return tuple(groups)
 
@@ -153,13 +158,25 @@ def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     return {key: config[key] for key in SIZES}
 
 
-def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+def _precision(tensor: Tensor, packing: Packed | None) -> str:
+    return f"int{packing[0]}" if packing and tensor.dtype == "int32" else tensor.dtype
+
+
+def _elements(tensor: Tensor, packing: Packed | None) -> int:
+    """The weights that a tensor holds."""
+    return math.prod(tensor.shape) * (32 // packing[0] if packing and tensor.dtype == "int32" else 1)
+
+
+def _match(
+    folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor], packing: Packed | None
+) -> tuple[str, dict[str, str]]:
     """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
-    blocks = _scale_blocks(table, tensors)
     found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
     attempts: dict[str, list[str]] = {}
     for layout in LAYOUTS:
-        expected = hub_tensors(table, layout, "bfloat16" if blocks is None else "int8", blocks)
+        if packing is not None and layout != "hub":
+            continue
+        expected = hub_tensors(table, layout, *((f"int{packing[0]}", packing[1]) if packing else ("bfloat16",)))
         expected.pop(HEAD_NAME, None)
         wrong = [f"{name}: missing" for name in expected if name not in found]
         wrong += [f"{name}: not a tensor of a Grok-1" for name in found if name not in expected]
@@ -170,7 +187,7 @@ def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) 
         ]
         if not wrong:
             kinds = {
-                name: "scales" if tensor.parts[0].field == "scales" else tensor.parts[0].entry.kind.name
+                name: tensor.parts[0].entry.kind.name if tensor.parts[0].field == "weight" else "scales"
                 for name, tensor in expected.items()
             }
             return layout, {**kinds, HEAD_NAME: HEAD_NAME}
@@ -184,19 +201,6 @@ def _match(folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor]) 
     )
 
 
-def _scale_blocks(table: SimpleNamespace, tensors: Mapping[str, Tensor]) -> dict[int, int] | None:
-    """Row blocks of each quantised file's scales, from their shapes; None where the folder has no scales."""
-    last = {name: tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("_scale") and tensor.shape}
-    if not last:
-        return None
-    blocks = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(table)}
-    for layout in LAYOUTS:
-        for name, expected in hub_tensors(table, layout, "int8").items():
-            if name in last and expected.parts[0].field == "scales":
-                blocks.update({part.entry.index: last[name] for part in expected.parts})
-    return blocks
-
-
 def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Memory, ...]:
     """Computed from the sizes; `quantised` counts the elements of attention and experts."""
     layers, kv = table.num_hidden_layers, table.num_key_value_heads * table.head_dim
@@ -207,14 +211,15 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
         2 * table.intermediate_size + table.hidden_size
     )
     matrices = layers * (4 + 3 * table.num_experts)
-    int8 = hub_tensors(table, "hub", "int8").values()
-    scales = sum(tensor.nbytes for tensor in int8 if tensor.parts[0].field == "scales")
+    # A bfloat16 scale per group of 128 inputs.
+    scales = 2 * quantised // 128
     cache = 2 * layers * kv * table.max_position_embeddings * 2
     outside = 2 * table.vocab_size * table.hidden_size + 4 * table.hidden_size
     return (
         Memory("float32", 4 * parameters, 2 * cache, layers, 4 * (table.vocab_size + 1) * table.hidden_size),
         Memory("bfloat16", others + 2 * quantised, cache, layers, outside),
         Memory("int8, xAI's own values", others + quantised + scales, cache, layers, outside),
+        Memory("int4, groups of 128", others + quantised // 2 + scales, cache, layers, outside),
         # A float32 scale per output row.
         Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache, layers, outside),
         # Half a byte, a float32 scale per block of 64, and a code of 16 float32 numbers per matrix.

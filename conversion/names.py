@@ -12,7 +12,7 @@ right the table says what the converter writes; read from right to left it says 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,7 +20,8 @@ from grok1.files import ITEMSIZE
 
 
 LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
-DTYPES = ("bfloat16", "float32", "int8")
+DTYPES = ("bfloat16", "float32", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # the precisions that are packed (modeling_grok1/packing_grok1.py)
 
 
 class GrokSizes(Protocol):
@@ -142,22 +143,32 @@ class Part:
 
     `field` says which array of the file it is: the weight, or the scales (of an int8 output). `expert` is the index on
     the leading axis of an expert file, None elsewhere. Turned if the kind says so, a part is contiguous in the output.
+    The field "shape" is the shape of the matrix, which is in no array.
     """
 
     entry: Entry
     expert: int | None
-    field: Literal["weight", "scales"]
+    field: Literal["weight", "scales", "shape"]
     offset: int
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a quantised matrix is stored: `bits` per value, a scale for each `group_size` inputs."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
 class HubTensor:
-    """One tensor of a converted folder, and the parts that it is made of, in order."""
+    """One tensor of a converted folder, and the parts that it is made of, in order. `packing`: of a packed matrix."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     parts: tuple[Part, ...]
+    packing: Packing | None = None
 
     @property
     def numel(self) -> int:
@@ -166,6 +177,13 @@ class HubTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model: those packed in the integers, none in scales, shapes and the copy of the head."""
+        if self.name == HEAD_NAME or self.parts[0].field != "weight":
+            return 0
+        return self.numel * (32 // self.packing.bits if self.packing else 1)
 
 
 def xai_layer_order(num_layers: int) -> list[int]:
@@ -195,7 +213,7 @@ def hub_tensors(
     config: GrokSizes,
     layout: str = "hub",
     dtype: str = "bfloat16",
-    scale_blocks: Mapping[int, int] | None = None,
+    group_size: int = 128,
 ) -> dict[str, HubTensor]:
     """Every tensor of a converted folder by its name, in the order in which the shards hold them.
 
@@ -204,31 +222,31 @@ def hub_tensors(
     next tensor that is not an expert arrives, drops them in silence where none comes, and stops where that tensor is
     not a layer's. The header of a shard is sorted, so a head behind the layers would come before their last experts.
 
-    Norms and routers are float32 in every precision. `int8` keeps the stored values, adds `X.weight_scale` (out, G) in
-    bfloat16 to each quantised weight (scale[o, g] covers the input columns [g * K/G, (g+1) * K/G)), keeps the
-    embedding float32 and writes no head: it is tied.
+    Norms and routers are float32 in every precision. `int8` and `int4` store each quantised matrix as
+    `X.weight_packed`, `X.weight_scale` and `X.weight_shape` (modeling_grok1/packing_grok1.py), keep the embedding
+    float32 and write no head: it is tied.
 
     Args:
         config: the sizes of the model.
-        layout: "hub", "fused", "hpcai" or "keyfan".
-        dtype: "bfloat16", "float32" or "int8".
-        scale_blocks: row blocks of each quantised file, by index, for int8; the release's numbers where it is None.
+        layout: "hub", "fused", "hpcai" or "keyfan"; packed precisions are in "hub" only.
+        dtype: "bfloat16", "float32", "int8" or "int4".
+        group_size: inputs per scale, for packed precisions.
     """
     entries = checkpoint_entries(config)
-    blocks = {e.index: e.kind.scale_blocks for e in entries} if scale_blocks is None else scale_blocks
+    packing = Packing(BITS[dtype], group_size) if dtype in BITS else None
     layers: dict[int, list[Entry]] = {layer: [] for layer in range(config.num_hidden_layers)}
     for entry in entries[len(TOP_KINDS) :]:
         assert entry.layer is not None
         layers[entry.layer].append(entry)
 
     embedding, norm = entries[: len(TOP_KINDS)]
-    tensors = _named(embedding, layout, dtype, blocks)
-    if dtype != "int8":
+    tensors = _named(embedding, layout, dtype, packing)
+    if packing is None:
         tensors += [HubTensor(HEAD_NAME, t.shape, t.dtype, t.parts) for t in tensors]
     for block in layers.values():
-        named = [tensor for entry in block for tensor in _named(entry, layout, dtype, blocks)]
+        named = [tensor for entry in block for tensor in _named(entry, layout, dtype, packing)]
         tensors += sorted(_joined(named), key=lambda tensor: tensor.name)
-    tensors += _named(norm, layout, dtype, blocks)
+    tensors += _named(norm, layout, dtype, packing)
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -253,35 +271,46 @@ def _sizes(config: GrokSizes) -> dict[str, int]:
     }
 
 
-def _named(entry: Entry, layout: str, dtype: str, blocks: Mapping[int, int]) -> list[HubTensor]:
+def _named(entry: Entry, layout: str, dtype: str, packing: Packing | None) -> list[HubTensor]:
     """The tensors of one file under their names; gate and up of the fused layout are still apart (see `_joined`)."""
     kind = entry.kind
     name = (kind.fused or kind.hub) if layout == "fused" else getattr(kind, layout)
     if entry.layer is not None:
         name = LAYER_PREFIX[layout].format(n=entry.layer) + name
-    if dtype == "int8":
-        tensors = _arrays(entry, name, "weight", entry.shape, entry.dtype, layout)
-        if kind.quantised:
-            scales_shape = entry.scales_shape(blocks[entry.index])
-            tensors += _arrays(entry, f"{name}_scale", "scales", scales_shape, "bfloat16", layout)
-        return tensors
+    if packing is not None:
+        return _packed(entry, name, packing) if kind.quantised else _arrays(entry, name, entry.dtype, layout)
     keeps_float32 = not kind.quantised and kind.name != "embedding"
-    return _arrays(entry, name, "weight", entry.shape, "float32" if keeps_float32 else dtype, layout)
+    return _arrays(entry, name, "float32" if keeps_float32 else dtype, layout)
 
 
-def _arrays(
-    entry: Entry, name: str, field: Literal["weight", "scales"], shape: tuple[int, ...], dtype: str, layout: str
-) -> list[HubTensor]:
-    """One array of a file as a tensor, or as one tensor for each expert in the layouts that keep them apart."""
+def _packed(entry: Entry, name: str, packing: Packing) -> list[HubTensor]:
+    """The three tensors of each matrix of a file."""
+    inputs, outputs = entry.shape[-2:]
+    experts: Iterable[int | None] = range(entry.shape[0]) if entry.kind.shape[0] == "E" else [None]
+    tensors = []
+    for e in experts:
+        matrix = name.format(e=e)
+        packed, groups = (outputs, inputs * packing.bits // 32), (outputs, inputs // packing.group_size)
+        tensors += [
+            HubTensor(f"{matrix}_packed", packed, "int32", (Part(entry, e, "weight", 0),), packing),
+            HubTensor(f"{matrix}_scale", groups, "bfloat16", (Part(entry, e, "scales", 0),), packing),
+            HubTensor(f"{matrix}_shape", (2,), "int64", (Part(entry, e, "shape", 0),), packing),
+        ]
+    return tensors
+
+
+def _arrays(entry: Entry, name: str, dtype: str, layout: str) -> list[HubTensor]:
+    """The weight of a file as a tensor, or as one tensor for each expert in the layouts that keep them apart."""
+    shape = entry.shape
     matrix = shape[-2:]
     turned = matrix[::-1] if entry.kind.transposed else matrix
     if entry.kind.shape[0] != "E":
-        return [HubTensor(name, turned, dtype, (Part(entry, None, field, 0),))]
+        return [HubTensor(name, turned, dtype, (Part(entry, None, "weight", 0),))]
     experts = range(shape[0])
     if layout == "fused":
-        parts = tuple(Part(entry, e, field, e * math.prod(matrix)) for e in experts)
+        parts = tuple(Part(entry, e, "weight", e * math.prod(matrix)) for e in experts)
         return [HubTensor(name, (len(experts), *turned), dtype, parts)]
-    return [HubTensor(name.format(e=e), turned, dtype, (Part(entry, e, field, 0),)) for e in experts]
+    return [HubTensor(name.format(e=e), turned, dtype, (Part(entry, e, "weight", 0),)) for e in experts]
 
 
 def _joined(tensors: list[HubTensor]) -> list[HubTensor]:

@@ -13,13 +13,15 @@ from typing import Any
 
 from grok1.conversion.inputs import Checkpoint
 from grok1.conversion.journal import output_problems
-from grok1.conversion.names import GrokSizes, checkpoint_entries, hub_tensors
+from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
+from grok1.conversion.packing import group_size_problems
 from grok1.conversion.ports import FolderSink, Sink
 from grok1.conversion.settings import Settings
 from grok1.conversion.shards import Shard, plan_shards
 from grok1.errors import CheckpointError, ConversionError
 from grok1.files import PARTIAL_SUFFIX, sha256_of
 from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.packing_grok1 import quantization_dict
 
 
 # Code, tokenizer, card: a generous bound.
@@ -106,14 +108,15 @@ def plan_conversion(
 def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) -> tuple[Plan, list[str]]:
     """The plan, and what stands against its place and its order of files, one line per problem."""
     config, source = checkpoint.config, checkpoint.source
-    released = {entry.index: entry.kind.scale_blocks for entry in checkpoint_entries(config) if entry.kind.quantised}
-    blocks = released | source.scale_blocks()
+    entries = checkpoint_entries(config)
+    released = {entry.index: entry.kind.scale_blocks for entry in entries if entry.kind.quantised}
+    group_size = settings.inputs_per_scale
     problems = []
-    if (settings.dtype, settings.layout) == ("int8", "fused"):
-        problems += _fused_scale_problems(config, blocks)
-    tensors = hub_tensors(config, settings.layout, settings.dtype, blocks)
+    if settings.dtype in BITS:
+        problems += group_size_problems(entries, settings.dtype, group_size, released | source.scale_blocks())
+    tensors = hub_tensors(config, settings.layout, settings.dtype, group_size)
     shards = plan_shards(tensors.values(), settings.max_shard_bytes)
-    written = written_config(config, settings.dtype, max(blocks.values()))
+    written = written_config(config, settings.dtype, group_size)
     record = {
         "settings": {
             "dtype": settings.dtype,
@@ -142,13 +145,13 @@ def source_files(shard: Shard) -> list[int]:
     return list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
 
 
-def written_config(config: GrokConfig, dtype: str, scale_blocks: int) -> GrokConfig:
-    """The config as the folder has it: the dtype that was written, and how int8 weights are read."""
+def written_config(config: GrokConfig, dtype: str, group_size: int) -> GrokConfig:
+    """The config as the folder has it: the dtype that was written, and how packed weights are read."""
     written = copy.deepcopy(config)
     written.architectures = ["Grok1ForCausalLM"]
-    written.dtype = "bfloat16" if dtype == "int8" else dtype
-    if dtype == "int8":
-        written.quantization_config = {"quant_method": "grok1_int8", "scale_blocks": scale_blocks}
+    written.dtype = "bfloat16" if dtype in BITS else dtype
+    if dtype in BITS:
+        written.quantization_config = quantization_dict(BITS[dtype], group_size)
     return written
 
 
@@ -172,14 +175,3 @@ def free_bytes(out: Path, shards: Sequence[Shard] = ()) -> int:
 def _allocated(path: Path) -> int:
     status = path.stat()
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
-
-
-def _fused_scale_problems(config: GrokSizes, blocks: dict[int, int]) -> list[str]:
-    """gate_up_proj_scale is one tensor: gate and up must have the same number of row blocks."""
-    by_place = {(entry.layer, entry.kind.name): blocks.get(entry.index) for entry in checkpoint_entries(config)}
-    return [
-        f"layer {layer}: expected as many scale blocks in gate as in up for dtype int8 in layout fused, found "
-        f"{by_place[layer, 'moe_gate']} and {by_place[layer, 'moe_up']}"
-        for layer in range(config.num_hidden_layers)
-        if by_place[layer, "moe_gate"] != by_place[layer, "moe_up"]
-    ]

@@ -12,12 +12,12 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from grok1.conversion.names import HEAD_NAME, HubTensor
+from grok1.conversion.names import HubTensor
 from grok1.files import SAFETENSORS_NAME
 
 
 # The order of the safetensors library inside a file.
-DTYPE_ORDER = ("float32", "bfloat16", "int8")
+DTYPE_ORDER = ("int64", "float32", "int32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def index_text(shards: Iterable[Shard]) -> str:
     """The text of model.safetensors.index.json, in the form of `save_pretrained`.
 
     `total_size` counts the bytes of all tensors, `total_parameters` the weights of the model: neither a copy of the
-    tied head nor the scales of int8 weights.
+    tied head nor the scales of quantised weights.
     """
     shards = list(shards)
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     index = {
         "metadata": {
-            "total_parameters": sum(t.numel for t in tensors if t.name != HEAD_NAME and t.parts[0].field == "weight"),
+            "total_parameters": sum(tensor.parameters for tensor in tensors),
             "total_size": sum(tensor.nbytes for tensor in tensors),
         },
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},

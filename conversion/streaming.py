@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from grok1.conversion.layout import (
     slab_ranges,
 )
 from grok1.conversion.names import HubTensor
+from grok1.conversion.packing import Packer
 from grok1.conversion.shards import Shard
 from grok1.conversion.xai.checkpoint import TensorFile
 from grok1.files import ITEMSIZE
@@ -58,6 +60,7 @@ class BlockStream:
         self.workers = ThreadPoolExecutor(jobs, "grok1-blocks")
         self.live: deque[list[Future[None]]] = deque()
         self.of_thread = threading.local()
+        self.packer = Packer()
         # Pages of them that are never touched take no memory.
         self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
@@ -83,6 +86,9 @@ class BlockStream:
         for tensor in shard.tensors:
             for part in tensor.parts:
                 file = files[part.entry.index]
+                if self.packer.constant(tensor, part, partial(consume, tensor, shard.offsets[tensor.name])):
+                    continue
+                part = self.packer.source(tensor, part)
                 base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
                 for start, stop in slab_ranges(file, part, self.slab_bytes):
                     slab = read_slab(file, part, start, stop, self._next_buffer())
@@ -105,7 +111,10 @@ class BlockStream:
     def _derive(self, consume: Consumer, tensor: HubTensor, slab: Slab, first: int, last: int, base: int) -> None:
         if not hasattr(self.of_thread, "scratch"):
             self.of_thread.scratch = Scratch()
-        rows = as_bytes(slab.rows(first, last, tensor.dtype, self.of_thread.scratch))
+        if tensor.packing is None:
+            rows = as_bytes(slab.rows(first, last, tensor.dtype, self.of_thread.scratch))
+        else:
+            rows = as_bytes(self.packer.rows(tensor, slab, first, last, self.of_thread.scratch))
         consume(tensor, base + first * (len(rows) // (last - first)), rows)
 
 

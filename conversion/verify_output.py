@@ -18,7 +18,7 @@ import numpy as np
 from grok1.conversion.companions import companion_files
 from grok1.conversion.inputs import beside, find_folder, find_tokenizer
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import DTYPES, LAYOUTS, HubTensor, hub_tensors
+from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, hub_tensors
 from grok1.conversion.plan import Plan, source_files, written_config
 from grok1.conversion.ports import Source
 from grok1.conversion.settings import Settings
@@ -29,10 +29,13 @@ from grok1.conversion.xai.checkpoint import resolve_folder
 from grok1.errors import CheckpointError, ConversionError
 from grok1.files import INDEX_NAME, ITEMSIZE, Progress, read_at, read_safetensors_header
 from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.packing_grok1 import GROUP_SIZES, bits_and_group_size
 
 
 TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json")
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+
+Described = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor
 
 
 def verify_output(
@@ -73,13 +76,14 @@ def verify_output(
 
     source = checkpoint.source
     held = _held_tensors(out)
-    dtype, layout, tensors = _most_alike(checkpoint.config, source, held)
+    group_size = _group_size(out)
+    dtype, layout, tensors = _most_alike(checkpoint.config, held, group_size)
     shards, problems = _expected_shards(out, held, tensors)
     if (out / JOURNAL_NAME).exists():
         problems.append(f"{JOURNAL_NAME}: expected a finished conversion, found an unfinished one")
     model, tokenizer_problems = _tokenizer(out, src, settings, checkpoint.config)
     problems += tokenizer_problems
-    written = written_config(checkpoint.config, dtype, max(source.scale_blocks().values()))
+    written = written_config(checkpoint.config, dtype, group_size)
     plan = Plan(out, dtype, layout, written, model, shards, frozenset(), {})
     if not shards:
         return problems
@@ -100,28 +104,41 @@ def _tokenizer(
     return model, problems
 
 
-def _held_tensors(out: Path) -> dict[str, dict[str, str]]:
-    """The tensors of each shard with their dtypes; none for a shard whose header does not describe it."""
-    held: dict[str, dict[str, str]] = {}
+def _held_tensors(out: Path) -> dict[str, dict[str, Described]]:
+    """The tensors of each shard with dtype and shape; none for a shard whose header does not describe it."""
+    held: dict[str, dict[str, Described]] = {}
     for path in sorted(out.iterdir()):
         if SHARD_NAME.fullmatch(path.name):
             try:
-                held[path.name] = {name: tensor.dtype for name, tensor in read_safetensors_header(path).items()}
+                tensors = read_safetensors_header(path)
             except (OSError, ValueError):
-                held[path.name] = {}
+                tensors = {}
+            held[path.name] = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     return held
 
 
+def _group_size(out: Path) -> int:
+    """The group size in config.json, or the default where it has none."""
+    try:
+        found = bits_and_group_size(json.loads((out / "config.json").read_bytes()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        found = None
+    return found[1] if found else GROUP_SIZES[0]
+
+
 def _most_alike(
-    config: GrokConfig, source: Source, held: Mapping[str, Mapping[str, str]]
+    config: GrokConfig, held: Mapping[str, Mapping[str, Described]], group_size: int
 ) -> tuple[str, str, dict[str, HubTensor]]:
     """The dtype and layout that most of the folder's tensors agree with, so that one damaged name does not matter."""
     found = {item for shard in held.values() for item in shard.items()}
-    blocks = source.scale_blocks()
-    candidates = {(d, layout): hub_tensors(config, layout, d, blocks) for d in DTYPES for layout in LAYOUTS}
+    candidates = {
+        (dtype, layout): hub_tensors(config, layout, dtype, group_size)
+        for dtype in DTYPES
+        for layout in (("hub",) if dtype in BITS else LAYOUTS)
+    }
 
     def agreement(settings: tuple[str, str]) -> int:
-        expected = {(t.name, t.dtype) for t in candidates[settings].values()}
+        expected = {(t.name, (t.dtype, t.shape)) for t in candidates[settings].values()}
         return len(found & expected) - len(found ^ expected)
 
     best = max(candidates, key=agreement)
@@ -129,7 +146,7 @@ def _most_alike(
 
 
 def _expected_shards(
-    out: Path, held: Mapping[str, Mapping[str, str]], tensors: Mapping[str, HubTensor]
+    out: Path, held: Mapping[str, Mapping[str, Described]], tensors: Mapping[str, HubTensor]
 ) -> tuple[list[Shard], list[str]]:
     """The shards as they must be, given which one holds which tensor, and what is wrong with those on the disk.
 

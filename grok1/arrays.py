@@ -19,6 +19,8 @@ NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
 }
 # Of the dtypes with NaN and infinity: an unsigned integer of the same width, and the mask of the exponent's bits.
 EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
@@ -31,7 +33,7 @@ EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
 class RawArray:
     """An array inside a file: C order, little-endian, `nbytes` bytes from `offset` on.
 
-    `dtype` is "float32", "int8" or "bfloat16". The bits of bfloat16 are delivered as uint16.
+    `dtype` is a key of `NUMPY_DTYPE`. The bits of bfloat16 are delivered as uint16.
     """
 
     file: Path

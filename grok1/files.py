@@ -43,7 +43,7 @@ TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 SAFETENSORS_NAME = {name: code for code, name, _ in _DTYPES}
 ITEMSIZE = {name: size for _, name, size in _DTYPES}
 # The dtypes of Grok-1's folders.
-GROK_DTYPES = ("float32", "bfloat16", "int8")
+GROK_DTYPES = ("float32", "bfloat16", "int8", "int32", "int64")
 HASH_BLOCK_BYTES = 4 * 2**20
 # Flags of os.open that some systems lack.
 BINARY = getattr(os, "O_BINARY", 0)

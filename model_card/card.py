@@ -59,7 +59,7 @@ class CardFacts:
     """Everything that the card states, measured from headers. Counts of elements and bytes are exact.
 
     Args:
-        parameters: elements of all weights; a tied head and the scales of int8 weights are not counted.
+        parameters: elements of all weights; a tied head and the scales of quantised weights are not counted.
         active_parameters: `parameters` less those of the experts that are not active for a token.
         expert_share: percentage of `parameters` that are experts'.
         precision: dtype of the expert weights.
@@ -86,6 +86,11 @@ class CardFacts:
     has_code: bool
     has_picture: bool
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices are in the format of compressed-tensors."""
+        return self.precision.startswith("int")
+
 
 def render_card(facts: CardFacts) -> str:
     """The card of a folder as text: YAML metadata, then Markdown."""
@@ -97,7 +102,7 @@ def render_card(facts: CardFacts) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model="xai-org/grok-1" if facts.is_release else None,
-        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *(["int8"] if facts.precision == "int8" else [])],
+        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *([facts.precision] if facts.is_packed else [])],
     )
     template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(

@@ -30,7 +30,7 @@ if unsupported() is None:
         Grok1ForTokenClassification,
     )
     from modeling_grok1.modeling_grok1 import Grok1ForCausalLM, Grok1Model, Grok1PreTrainedModel
-    from modeling_grok1.quantization_grok1 import Grok1Int8Config
+    from modeling_grok1.quantization_grok1 import Grok1Int4Config, Grok1Int8Config
 
     for auto_class, model_class in {
         AutoModel: Grok1Model,
@@ -75,6 +75,7 @@ __all__ = [
     "Grok1ForQuestionAnswering",
     "Grok1ForSequenceClassification",
     "Grok1ForTokenClassification",
+    "Grok1Int4Config",
     "Grok1Int8Config",
     "Grok1Model",
     "Grok1PreTrainedModel",

@@ -24,6 +24,9 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_grok1.Grok1ForCausalLM",
 }
 
+# The same for mlx-lm; other engines ignore the key.
+MLX_FILE = "grok1_mlx.py"
+
 # Values that other ports offer and xAI's code does not have: field -> the only value that is implemented, and why.
 FIXED = {
     "hidden_act": ("gelu_pytorch_tanh", "jax.nn.gelu is the tanh approximation"),
@@ -251,7 +254,11 @@ class GrokConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but overrides replace the file's values, in every spelling, before any validation."""
+        """
+        As in Transformers, but overrides replace the file's values, in every spelling, before any validation.
+        `prepare_config`, a function of the config, is how models change it after it is read.
+        """
+        prepare_config = kwargs.pop("prepare_config", None)
         keys = (*cls.__annotations__, *cls.attribute_map, *ROPE_KEYS)
         overrides = {key: kwargs.pop(key) for key in keys if key in kwargs}
         rope = {key: overrides[key] for key in ROPE_KEYS if key in overrides}
@@ -272,7 +279,10 @@ class GrokConfig(PreTrainedConfig):
                 config_dict.pop(key, None)
         if rope and "rope_parameters" not in overrides:
             overrides["rope_parameters"] = {**(config_dict.get("rope_parameters") or {}), **rope}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        result = super().from_dict({**config_dict, **overrides}, **kwargs)
+        if prepare_config is None:
+            return result
+        return (prepare_config(result[0]), *result[1:]) if isinstance(result, tuple) else prepare_config(result)
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that config.json holds: every spelling of every key, and the hub's code map."""
@@ -281,6 +291,7 @@ class GrokConfig(PreTrainedConfig):
         if "rope_theta" in (output.get("rope_parameters") or {}):
             output["rope_theta"] = output["rope_parameters"]["rope_theta"]
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
+        output["model_file"] = MLX_FILE
         return output
 
 

@@ -5,11 +5,14 @@ because it would load something wrong, or leave the experts in full precision.
 """
 
 import copy
+import re
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -22,13 +25,14 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .configuration_grok1 import GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
 from .pipeline_grok1 import register_text_generation
-from .quantization_grok1 import QUANT_METHOD  # importing it registers xAI's int8 with Transformers
+from .quantization_grok1 import INT4, INT8, Grok1Quantizer, own_config, quantization_method
 
 
 register_text_generation()
@@ -93,6 +97,10 @@ ALIASES = [
     (r"\.linear\.", ".w1."),
     (r"\.linear_v\.", ".w3."),
     (r"\.linear_1\.", ".w2."),
+    # AutoRound, from linear experts
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.up_proj\.", ".w3."),
+    (r"\.down_proj\.", ".w2."),
 ]
 
 
@@ -147,7 +155,7 @@ class JoinHalves(Concatenate):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
         parts = [input_dict.get(pattern) for pattern in source_patterns]
         whole = getattr(parts[0], "_base", None)
-        if whole is not None and whole.ndim == parts[0].ndim:
+        if whole is not None and whole.ndim == parts[0].ndim and not whole.is_meta:
             halves = whole.split(whole.shape[self.dim] // 2, dim=self.dim)
             if len(halves) == len(parts) and all(map(torch.Tensor.is_set_to, parts, halves)):
                 return {self.get_target_pattern(target_patterns): whole}
@@ -175,6 +183,20 @@ def register_weight_names() -> None:
 
 
 register_weight_names()
+
+
+def register_class_names() -> None:
+    """
+    Enter the classes in Transformers' tables of class names, which the Auto classes do not fill. The Trainer shifts
+    the labels of smoothed losses, and model cards name a task, for the classes in these tables only. Idempotent.
+    """
+    for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        table = "_".join(re.findall("LM|[A-Z][a-z]+", head)).upper()
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        names[GrokConfig.model_type] = f"Grok1For{head}"
+
+
+register_class_names()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,8 +236,9 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
 # experts.
 # --------------------------------------------------------------------------------------------------------------------
 QUANTIZATION_ADVICE = (
-    "What reaches Grok-1's experts: Grok1Int8Config() (xAI's own int8), BitsAndBytesConfig(load_in_4bit=True), "
-    "BitsAndBytesConfig(load_in_8bit=True), or TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
+    "What reaches Grok-1's experts: Grok1Int8Config() (xAI's own int8), Grok1Int4Config(), "
+    "BitsAndBytesConfig(load_in_4bit=True), BitsAndBytesConfig(load_in_8bit=True), or "
+    "TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
 )
 EXPERT_MATRICES = (".gate_up_proj", ".down_proj", ".w1.weight", ".w2.weight", ".w3.weight")
 
@@ -230,9 +253,8 @@ def quantized_experts_layout(config: GrokConfig, experts_layout: str | None) -> 
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    method = quantization.get("quant_method")
-    method = getattr(method, "value", method)
-    if method in (None, QUANT_METHOD) or quantization.get("dequantize"):
+    method = quantization_method(config)
+    if method in (None, INT8, INT4) or quantization.get("dequantize"):
         return experts_layout
     if method == "bitsandbytes" and experts_layout != FUSED:
         return LINEAR
@@ -325,7 +347,8 @@ def check_loaded(model: Any, loading_info: Any, load_config: Any) -> None:
 def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """
     Let `load_state_dict` read one matrix per expert, as `save_pretrained` writes them, into fused experts: those in
-    `state_dict` are copied, and replaced by the fused parameters where they are complete.
+    `state_dict` are copied, and replaced by the fused parameters where they are complete. Parameters on the meta
+    device are replaced by real ones with the dtype and device of what is read, as `assign=True` does.
 
     transformers.Trainer resumes so, and would keep the experts as they are
     (https://github.com/huggingface/transformers/issues/48805).
@@ -336,12 +359,13 @@ def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], pref
         found = [key for row in keys for key in row if key in state_dict]
         if not found:
             continue
-        if weight.is_meta:  # to be assigned, so there is nothing to copy to
-            if len(found) == experts.num_experts * len(parts):
-                state_dict[f"{prefix}{name}"] = torch.stack(
-                    [torch.cat([state_dict.pop(key) for key in row]) for row in keys]
-                )
+        if weight.ndim != 3:  # cut by ZeRO-3, whose loader brings whole parameters
             continue
+        if weight.is_meta:  # to be assigned; what no file brings stays NaN
+            like = state_dict[found[0]]
+            values = torch.full(weight.shape, float("nan"), dtype=like.dtype, device=like.device)
+            weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+            setattr(experts, name, weight)
         for row, matrix in zip(keys, weight, strict=True):
             for key, part in zip(row, matrix.chunk(len(parts)), strict=True):
                 if key in state_dict:  # a file may end within a layer
@@ -432,6 +456,16 @@ class Grok1LoadingMixin:
             embedding.weight, value = value.weight, embedding
         super().set_input_embeddings(value)  # type: ignore[misc]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in Transformers. Folders in the format of compressed-tensors are read without that library."""
+        requested = kwargs.get("quantization_config")
+        if isinstance(config, PreTrainedConfig):
+            config = own_config(config, requested)
+        else:  # a config that Transformers reads passes `GrokConfig.from_dict`
+            kwargs["prepare_config"] = partial(own_config, requested=requested)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)  # type: ignore[misc]
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Here the device map is final, the files of the checkpoint and the names in them are known, and no weight is
@@ -474,8 +508,8 @@ class Grok1LoadingMixin:
         state_dict = gather_pipeline(self, state_dict)
         if not adapter and not kwargs.get("distributed_checkpoint", False):
             state_dict = with_tied_head(self, state_dict)
-        if self.experts_layout == LINEAR:
-            # In memory as on disk: nothing to revert, and Transformers cannot revert a quantised model that it loaded.
+        if self.experts_layout == LINEAR and not isinstance(getattr(self, "hf_quantizer", None), Grok1Quantizer):
+            # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
 

@@ -39,7 +39,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_grok1 import causal_mask, in_pieces, paged, warn_of_padding
+from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import fast_decoding
 from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, geglu, routed_sum, without_autocast
@@ -382,8 +382,7 @@ class Grok1Model(Grok1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
+            position_ids = positions(inputs_embeds, past_key_values, kwargs)
         warn_of_padding(input_ids, attention_mask, self.config.pad_token_id)
         mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
@@ -458,7 +457,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         logits = logits * self.output_multiplier[logits.dtype]
 
         router_logits = outputs.router_logits if output_router_logits else None
-        loss, aux_loss = causal_lm_losses(self, logits, labels, router_logits, attention_mask, **kwargs)
+        loss, aux_loss = causal_lm_losses(self, logits, labels, router_logits, attention_mask, position_ids, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

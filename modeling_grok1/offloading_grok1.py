@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling-grok1 authors. Licensed under the Apache License, Version 2.0.
 """
-Experts that stay in host memory or on disk, and come to the device when the router has chosen them.
+Experts in host memory or on disk, copied to the device when the router has chosen them.
 
 The checkpoint's own safetensors files are read in place, one matrix at a time: a token needs k of the E experts of a
-layer, so k/E of the bytes. Threads read ahead while the device computes, and a cache keeps the experts used last.
+layer, so k/E of the bytes. Threads read ahead while the device computes, and a cache keeps the most recently used
+experts on the device.
 """
 
 import json
@@ -13,17 +14,19 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.modeling_utils import LoadStateDictConfig
 
 from .configuration_grok1 import GrokConfig
-from .quantization_grok1 import QUANT_METHOD, Grok1Int8Quantizer, grouped_matmul
+from .experts_grok1 import geglu, routed_sum
+from .packing_grok1 import unpack
+from .quantization_grok1 import INT4, INT8, Grok1Quantizer, quantization_method
+from .quantized_grok1 import form_for_device, quantised_matmul
 from .sizes_grok1 import parse_size
 
 
@@ -31,14 +34,14 @@ CPU, DISK = "cpu", "disk"
 
 EXPERT_TENSOR = re.compile(r"layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(\w+)$")
 # https://github.com/huggingface/safetensors#format
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 READ_SIZE = 2**24
 
-Expert = dict[str, torch.Tensor]  # "w1.weight" and so on; what one expert needs to compute
+Expert = dict[str, torch.Tensor]  # the tensors of one expert by their names within it, such as "w1.weight"
 
 
-class StoredTensor(NamedTuple):
-    """Where the bytes of one tensor lie. `changed_ns` is the file's time of change when it was looked at."""
+class TensorLocation(NamedTuple):
+    """Where the bytes of a tensor are on disk. `changed_ns` is the file's modification time when it was opened."""
 
     file: str
     name: str
@@ -49,7 +52,7 @@ class StoredTensor(NamedTuple):
     changed_ns: int
 
 
-def stored_tensors(file: str) -> Iterator[StoredTensor]:
+def tensor_locations(file: str) -> Iterator[TensorLocation]:
     """The tensors of a safetensors file, from its header alone."""
     with open(file, "rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
@@ -59,84 +62,103 @@ def stored_tensors(file: str) -> Iterator[StoredTensor]:
         if name == "__metadata__" or entry["dtype"] not in DTYPES:
             continue
         start, end = (8 + header_size + offset for offset in entry["data_offsets"])
-        yield StoredTensor(file, name, start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]), changed_ns)
+        yield TensorLocation(file, name, start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]), changed_ns)
 
 
-def read_tensor(stored: StoredTensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """Read one tensor into host memory, into `buffer` (uint8, of its bytes) where one is given.
+def read_tensor(at: TensorLocation, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Read one tensor into host memory, into `buffer` (uint8, of its size in bytes) where one is given.
 
-    Not through `safetensors.safe_open`, which holds the interpreter's lock while it reads, nor through a memory map,
-    where a file that was cut short kills the process instead of raising.
+    `safetensors.safe_open` holds the interpreter lock while it reads, and reading a memory map of a file that was
+    truncated kills the process instead of raising.
 
     Raises:
-        OSError: the file is gone, was cut short or was replaced since the model was loaded.
+        OSError: the file was removed, truncated or replaced since the model was loaded.
     """
-    data = torch.empty(stored.nbytes, dtype=torch.uint8) if buffer is None else buffer
+    data = torch.empty(at.nbytes, dtype=torch.uint8) if buffer is None else buffer
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     try:
-        with open(stored.file, "rb", buffering=0) as stream:
-            if os.fstat(stream.fileno()).st_mtime_ns != stored.changed_ns:
+        with open(at.file, "rb", buffering=0) as stream:
+            if os.fstat(stream.fileno()).st_mtime_ns != at.changed_ns:
                 raise OSError("the file was replaced since the model was loaded")
             if hasattr(os, "posix_fadvise"):
-                # Otherwise the system reads on behind the tensor, into experts that nobody chose.
+                # Otherwise the system reads ahead beyond the tensor, into experts that were not chosen.
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            stream.seek(stored.start)
+            stream.seek(at.start)
             done = 0
-            while done < stored.nbytes:
+            while done < at.nbytes:
                 count = stream.readinto(view[done : done + READ_SIZE])
                 if not count:
-                    raise OSError(f"the file ends after {done} of the tensor's {stored.nbytes} bytes")
+                    raise OSError(f"the file ends after {done} of the tensor's {at.nbytes} bytes")
                 done += count
     except OSError as error:
         raise OSError(
-            f"Cannot read the expert weights {stored.name!r} from {stored.file}: {error}. The experts are read from "
+            f"Cannot read the expert weights {at.name!r} from {at.file}: {error}. The experts are read from "
             "the checkpoint while the model runs: put the file back and load the model again."
         ) from error
-    return data.view(stored.dtype).view(stored.shape)
+    return data.view(at.dtype).view(at.shape)
 
 
 class ExpertStore:
     """
-    The experts of a checkpoint, outside the device. Safe to use from several threads.
+    The experts of a checkpoint, in host memory or on disk. Safe to use from several threads.
+
+    Pickling and deep-copying give a store of the same files with an empty cache: host memory is read again.
 
     Args:
-        experts: (layer, expert) -> name within the expert (`"w1.weight"`) -> where it lies on disk.
+        experts: (layer, expert) -> name within the expert (`"w1.weight"`) -> its location on disk.
         place (`"cpu"` or `"disk"`): `"cpu"` reads everything into host memory now.
-        cache_bytes (`int`): how many bytes of recently used experts may stay on the device. The budget is dealt out
-            over the layers, an expert at a time, each layer keeping its own most recent ones: a decoder visits its
-            layers in a cycle, and a cache of all layers together would drop every expert shortly before its next use.
-        read_ahead (`int`): experts to read ahead of the one that computes.
+        cache_bytes (`int`): bytes of recently used experts that may stay on the device. They are divided among the
+            layers in whole experts, and each layer keeps its own most recent ones: a decoder runs its layers in a
+            cycle, and one cache for all layers would evict every expert shortly before its next use.
+        read_ahead (`int`): experts to read while one is computed.
+        bits (`int`, *optional*): bits of packed weights (packing_grok1.py); None where they are floats.
 
     Attributes:
-        bytes_fetched (`int`): bytes that left the store: read from disk, or from host memory.
+        bytes_fetched (`int`): bytes read from disk or from host memory.
         hits, misses (`int`): experts found in the cache, and fetched.
-        cached_bytes (`int`): what the cache holds now.
+        cached_bytes (`int`): size of the cache now.
     """
 
     def __init__(
         self,
-        experts: dict[tuple[int, int], dict[str, StoredTensor]],
+        experts: dict[tuple[int, int], dict[str, TensorLocation]],
         place: str,
         cache_bytes: int = 0,
         read_ahead: int = 2,
+        bits: int | None = None,
     ):
         self.experts = experts
         self.place = place
         self.cache_bytes = cache_bytes
         self.read_ahead = read_ahead
+        self.bits = bits
         self.layers = sorted({layer for layer, _ in experts})
+        self.start()
+
+    def start(self) -> None:
+        """Everything that is not an argument: counters, an empty cache, threads, and the experts in host memory."""
         self.bytes_fetched = self.hits = self.misses = self.cached_bytes = 0
         self.cache: dict[int, OrderedDict[int, Expert]] = {layer: OrderedDict() for layer in self.layers}
         self.lock = threading.Lock()
-        # Host memory that was read into and copied to the device from. Fresh memory costs more than reading: the
-        # kernel clears it page by page.
+        # Buffers in host memory, by their size: the copy to the device is made from them. Allocating new memory for
+        # each read costs more than reading, because the kernel clears it page by page.
         self.staging: dict[int, list[torch.Tensor]] = {}
-        matrices = max(len(tensors) for tensors in experts.values())
-        self.pool = ThreadPoolExecutor(max_workers=read_ahead * matrices, thread_name_prefix="grok1-experts")
-        self.in_memory: dict[StoredTensor, torch.Tensor] = {}
-        if place == CPU:
-            stored = [tensor for tensors in experts.values() for tensor in tensors.values()]
-            self.in_memory = dict(zip(stored, self.pool.map(read_tensor, stored), strict=True))
+        matrices = max(len(tensors) for tensors in self.experts.values())
+        self.pool = ThreadPoolExecutor(max_workers=self.read_ahead * matrices, thread_name_prefix="grok1-experts")
+        self.in_memory: dict[TensorLocation, torch.Tensor] = {}
+        if self.place == CPU:
+            locations = [at for tensors in self.experts.values() for at in tensors.values()]
+            self.in_memory = dict(zip(locations, self.pool.map(read_tensor, locations), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("experts", "place", "cache_bytes", "read_ahead", "bits", "layers")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.start()
 
     @classmethod
     def open(
@@ -147,43 +169,44 @@ class ExpertStore:
         place: str,
         cache_bytes: int,
     ) -> "ExpertStore":
-        """The experts of the checkpoint that `from_pretrained` has found, whatever repository's names it uses.
+        """The experts in the files that `from_pretrained` loads, under the names of any repository that it reads.
 
         Raises:
             ValueError: the checkpoint has no safetensors files, or not every matrix of every expert is in them.
         """
         if not files or not files[0].endswith(".safetensors"):
             raise ValueError("`experts_on` reads the experts from safetensors files, and this checkpoint has none.")
-        blocks = None
-        if isinstance(load_config.hf_quantizer, Grok1Int8Quantizer):
-            if not load_config.hf_quantizer.pre_quantized:
+        form = None
+        quantizer = load_config.hf_quantizer
+        if isinstance(quantizer, Grok1Quantizer):
+            form = quantizer.quantization_config.source
+            if form is None or form[0] != quantizer.quantization_config.bits:
                 raise ValueError(
                     "`experts_on` reads the experts as the checkpoint stores them and does not quantise them: write "
-                    "an int8 folder with `grok1 convert`, or leave `quantization_config` out."
+                    "an int8 or int4 folder with `grok1 convert`, or leave `quantization_config` out."
                 )
-            blocks = load_config.hf_quantizer.quantization_config.scale_blocks
         renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), blocks)
-        return cls(experts, place, cache_bytes, read_ahead=config.num_experts_per_tok)
+        experts = find_experts(config, files, lambda name: apply_renamings(name, renamings), form)
+        return cls(experts, place, cache_bytes, config.num_experts_per_tok, form[0] if form else None)
 
-    def read(self, stored: StoredTensor, stage: bool) -> torch.Tensor:
-        """One tensor in host memory, in a buffer of `staging` if `stage`. All that is computed with passes here."""
+    def read(self, at: TensorLocation, stage: bool) -> torch.Tensor:
+        """One tensor in host memory, in a buffer of `staging` if `stage`. Every access to the experts is made here."""
         buffer = None
         with self.lock:
-            self.bytes_fetched += stored.nbytes
-            if stage and self.staging.get(stored.nbytes):
-                buffer = self.staging[stored.nbytes].pop()
+            self.bytes_fetched += at.nbytes
+            if stage and self.staging.get(at.nbytes):
+                buffer = self.staging[at.nbytes].pop()
         if stage and buffer is None:
-            buffer = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            buffer = torch.empty(at.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         if self.place == DISK:
-            return read_tensor(stored, buffer)
-        tensor = self.in_memory[stored]
-        return tensor if buffer is None else buffer.view(stored.dtype).view(stored.shape).copy_(tensor)
+            return read_tensor(at, buffer)
+        tensor = self.in_memory[at]
+        return tensor if buffer is None else buffer.view(at.dtype).view(at.shape).copy_(tensor)
 
     def fetch(
         self, layer: int, experts: Iterable[int], device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[int, Expert]]:
-        """Yield (expert, its tensors on `device`, the matrices in `dtype`), in the given order, reading ahead."""
+        """Yield (expert, its tensors on `device`, floating matrices in `dtype`) in the given order, reading ahead."""
         todo, stage = iter(experts), device.type != "cpu"
         requested: deque[tuple[int, Expert | None, dict[str, Future]]] = deque()
 
@@ -194,8 +217,8 @@ class ExpertStore:
             cached = self.look_up(layer, expert, device, dtype)
             reads = {}
             if cached is None:
-                stored = self.experts[layer, expert]
-                reads = {name: self.pool.submit(self.read, at, stage) for name, at in stored.items()}
+                locations = self.experts[layer, expert]
+                reads = {name: self.pool.submit(self.read, at, stage) for name, at in locations.items()}
             requested.append((expert, cached, reads))
 
         for _ in range(self.read_ahead):
@@ -203,20 +226,26 @@ class ExpertStore:
         while requested:
             expert, tensors, reads = requested.popleft()
             if tensors is None:
-                # The copy to the device is this thread's, so that it is ordered with the computation on its stream.
+                # Copied to the device by this thread, so that the copy is ordered with the computation on its stream.
                 host = {name: read.result() for name, read in reads.items()}
                 tensors = {
                     name: tensor.to(device=device, dtype=dtype if is_cast(name, tensor) else tensor.dtype)
                     for name, tensor in host.items()
                 }
                 if stage:
-                    with self.lock:
-                        for tensor in host.values():
-                            buffer = tensor.view(-1).view(torch.uint8)
-                            self.staging.setdefault(buffer.nbytes, []).append(buffer)
+                    self.give_back(host.values())
+                if self.bits is not None:
+                    tensors = unpacked(tensors, self.bits)
                 self.keep(layer, expert, tensors)
             request_next()
             yield expert, tensors
+
+    def give_back(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let the next reads use the buffers of these tensors."""
+        with self.lock:
+            for tensor in tensors:
+                buffer = tensor.view(-1).view(torch.uint8)
+                self.staging.setdefault(buffer.nbytes, []).append(buffer)
 
     def look_up(self, layer: int, expert: int, device: torch.device, dtype: torch.dtype) -> Expert | None:
         with self.lock:
@@ -247,8 +276,18 @@ class ExpertStore:
                 self.cached_bytes += nbytes
 
 
+def unpacked(tensors: Expert, bits: int) -> Expert:
+    """The weights and scales of an expert in the form that products on their device read, from packed ones."""
+    output: Expert = {}
+    for matrix in ("w1", "w2", "w3"):
+        packed, scale = tensors[f"{matrix}.weight_packed"], tensors[f"{matrix}.weight_scale"]
+        weight, scale = form_for_device(unpack(packed, 8) if bits == 8 else packed, scale)
+        output |= {f"{matrix}.weight": weight, f"{matrix}.weight_scale": scale}
+    return output
+
+
 def is_cast(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor takes the dtype of the computation: int8 weights and their scales keep their own."""
+    """Whether a tensor is cast to the dtype of the computation; scales are not."""
     return tensor.is_floating_point() and name.endswith(".weight")
 
 
@@ -257,31 +296,35 @@ def size_of(tensors: Expert) -> int:
 
 
 def find_experts(
-    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str], blocks: int | None = None
-) -> dict[tuple[int, int], dict[str, StoredTensor]]:
+    config: GrokConfig, files: Iterable[str], rename: Callable[[str], str], form: tuple[int, int] | None = None
+) -> dict[tuple[int, int], dict[str, TensorLocation]]:
     """
-    Where every matrix of every expert lies.
+    The location of every matrix of every expert.
 
     Args:
         files: paths of safetensors files.
         rename: from the name of a tensor in the files to its name in the model.
-        blocks: scale blocks of a row of `w2` where the experts are int8.
+        form: the bits and the group size of packed experts; None where they are floats.
 
     Raises:
-        ValueError: the files do not hold each matrix by itself, or not all of them, or not in the config's shapes; all
+        ValueError: the files do not hold one tensor per matrix, or not all of them, or not in the config's shapes; all
             such tensors in one message.
     """
-    found: dict[tuple[int, int], dict[str, StoredTensor]] = {}
+    found: dict[tuple[int, int], dict[str, TensorLocation]] = {}
     for file in files:
-        for stored in stored_tensors(file):
-            match = EXPERT_TENSOR.search(rename(stored.name))
+        for location in tensor_locations(file):
+            match = EXPERT_TENSOR.search(rename(location.name))
             if match is not None:
-                found.setdefault((int(match[1]), int(match[2])), {})[f"{match[3]}.{match[4]}"] = stored
+                found.setdefault((int(match[1]), int(match[2])), {})[f"{match[3]}.{match[4]}"] = location
 
     D, F_ = config.hidden_size, config.intermediate_size  # noqa: N806
     shapes: dict[str, tuple[int, ...]] = {"w1.weight": (F_, D), "w3.weight": (F_, D), "w2.weight": (D, F_)}
-    if blocks is not None:
-        shapes |= {"w1.weight_scale": (F_, 1), "w3.weight_scale": (F_, 1), "w2.weight_scale": (D, blocks)}
+    if form is not None:
+        bits, group_size = form
+        matrices, shapes = shapes, {}
+        for name, (rows, inputs) in matrices.items():
+            shapes[f"{name}_packed"] = (rows, inputs * bits // 32)
+            shapes[f"{name}_scale"] = (rows, inputs // group_size)
     problems = []
     for layer in range(config.num_hidden_layers):
         for expert in range(config.num_experts):
@@ -292,7 +335,7 @@ def find_experts(
                     problems.append(f"{at}: missing")
                 elif tensors[name].shape != shape:
                     problems.append(f"{at}: expected the shape {shape}, found {tensors[name].shape}")
-                elif (tensors[name].dtype == torch.int8) != (blocks is not None and name.endswith("weight")):
+                elif (tensors[name].dtype == torch.int32) != name.endswith("_packed"):
                     problems.append(f"{at}: unexpected dtype {tensors[name].dtype}")
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
@@ -300,15 +343,17 @@ def find_experts(
             "`experts_on` reads each matrix of each expert from the checkpoint's safetensors files, which do not hold "
             f"them so: {shown}. Load without `experts_on`, or write the folder with `grok1 convert`."
         )
-    return {key: tensors for key, tensors in found.items() if key[0] < config.num_hidden_layers}
+    return {
+        key: {name: tensors[name] for name in shapes}
+        for key, tensors in found.items()
+        if key[0] < config.num_hidden_layers
+    }
 
 
 def multiply(x: torch.Tensor, expert: Expert, matrix: str) -> torch.Tensor:
-    """x times the transpose of a matrix of the expert, which is int8 if it has scales."""
+    """x times the transpose of a matrix of the expert, which is quantised if it has scales."""
     weight, scale = expert[f"{matrix}.weight"], expert.get(f"{matrix}.weight_scale")
-    if scale is None:
-        return F.linear(x, weight)
-    return grouped_matmul(x, weight[None], scale[None], torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device))
+    return F.linear(x, weight) if scale is None else quantised_matmul(x, weight, scale)
 
 
 class Grok1OffloadedExperts(nn.Module):
@@ -316,44 +361,42 @@ class Grok1OffloadedExperts(nn.Module):
 
     def __init__(self, config: GrokConfig):
         super().__init__()
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.num_experts = config.num_experts
         self.layer_idx: int | None = None
         self.store: ExpertStore | None = None
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """sum over the chosen e of gates[e] * down_e(gelu(gate_e(x)) * up_e(x)); x: N D, experts and gates: N k."""
+        """sum over the chosen e of gates[e] * down_e(geglu(gate_e(x), up_e(x))); x: N D, experts and gates: N k."""
         if self.store is None or self.layer_idx is None:
             raise ValueError("`experts_on` reads the experts of a checkpoint: load the model with `from_pretrained`.")
-        output = torch.zeros_like(x)
-        chosen = experts.unique().tolist()
-        for e, tensors in self.store.fetch(self.layer_idx, chosen, x.device, x.dtype):
-            token, slot = torch.where(experts == e)
-            rows = x[token]
-            y = multiply(self.act_fn(multiply(rows, tensors, "w1")) * multiply(rows, tensors, "w3"), tensors, "w2")
-            output.index_add_(0, token, (y * gates[token, slot, None]).to(output.dtype))
-        return output
+        # In the order in which `routed_sum` calls them.
+        fetched = self.store.fetch(self.layer_idx, experts.unique().tolist(), x.device, x.dtype)
+
+        def expert(e: int, rows: torch.Tensor) -> torch.Tensor:
+            index, tensors = next(fetched)
+            assert index == e
+            y = geglu(multiply(rows, tensors, "w1"), multiply(rows, tensors, "w3"))
+            return multiply(y, tensors, "w2")
+
+        return routed_sum(x, experts, gates, expert, self.num_experts)
 
 
 def check_offloading(
     config: GrokConfig, experts_layout: str | None, experts_on: str | None, expert_cache: int | str | None
 ) -> int:
-    """The bytes that `expert_cache` means. Raises ValueError for options that do not go together, all in one."""
+    """`expert_cache` in bytes. Raises ValueError with every reason why the options contradict each other."""
     problems = []
     if experts_on not in (None, CPU, DISK):
         problems.append(f"`experts_on`: expected {CPU!r} or {DISK!r}, found {experts_on!r}")
     if experts_on is None and expert_cache is not None:
         problems.append("`expert_cache` keeps experts of `experts_on='cpu'` or `'disk'` on the device: give both")
     if experts_on is not None:
-        quantization = getattr(config, "quantization_config", None)
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        else:
-            method = getattr(quantization, "quant_method", None)
-        if method not in (None, QUANT_METHOD):
+        method = quantization_method(config)
+        if method not in (None, INT8, INT4):
             problems.append(
                 "`experts_on` reads the experts as the checkpoint stores them, which quantisation by "
-                f"{str(getattr(method, 'value', method))!r} does not: leave out one of the two"
+                f"{method!r} does not: leave out one of the two"
             )
         if experts_layout == "fused":
             problems.append("`experts_on` reads experts one matrix at a time: leave `experts_layout='fused'` out")

@@ -16,8 +16,10 @@ from modeling_grok1 import GrokConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them.
-collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")]
+# Transformers' own tests, llama.cpp and vLLM are run only when `make conformance`, `interop` and `test-vllm` ask.
+# mlx-lm's run without this file, in `make test-mlx`.
+collect_ignore = [name for name in ("conformance", "interop", "vllm") if not os.environ.get(f"GROK1_{name.upper()}")]
+collect_ignore.append("mlx")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -84,7 +86,9 @@ def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         from grok1.conversion.convert import convert
 
         out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
-        convert(golden / name, out, dtype=dtype, no_tokenizer=True)
+        # The groups divide every scale block.
+        group_size = {"tiny-1": 16, "tiny-8": 2}[name] if dtype == "int8" else None
+        convert(golden / name, out, dtype=dtype, group_size=group_size, no_tokenizer=True)
         return out
 
     return folder

@@ -10,12 +10,18 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 card grok-1-hf
+grok1 card grok-1-hf --json
+"""
+
+
 def card_command(
     folder: Annotated[Path, typer.Argument(help="A converted folder.", exists=True, file_okay=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
 ) -> None:
-    """Write the model card (README.md) of a converted folder from what its files say."""
+    """Write the model card (README.md) of a converted folder from its files."""
     from grok1.conversion.facts import card_facts
     from grok1.errors import ConversionError
     from grok1.model_card.card import CARD_NAME, is_card, write_card
@@ -29,6 +35,5 @@ def card_command(
             f"{existing} was not written by this command.", next_step="`grok1 card --force` replaces it."
         )
     facts = card_facts(folder)
-    typer.echo(
-        f"{write_card(folder, facts)}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)"
-    )
+    path = write_card(folder, facts)
+    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")

@@ -1,7 +1,9 @@
 """`experts_on`: only the chosen experts are read, from the checkpoint's own files, and nothing else changes."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -121,19 +123,20 @@ def test_native_int8_is_read_with_its_scales_and_gives_the_same_logits(int8, rea
     assert set(model.expert_store.cache[0].popitem()[1]) == {
         f"{matrix}.{part}" for matrix in ("w1", "w2", "w3") for part in ("weight", "weight_scale")
     }
-    assert model.expert_store.experts[0, 0]["w2.weight_scale"].shape == (64, 8)
+    assert model.expert_store.experts[0, 0]["w2.weight_scale"].shape == (64, 96 // 4)
+    assert model.expert_store.cache[1].popitem()[1]["w2.weight_scale"].shape == (64, 8)
 
 
 def test_one_token_of_int8_reads_a_byte_a_weight_and_the_scales(int8, reads):
     model = AutoModelForCausalLM.from_pretrained(int8, experts_on="disk")
     logits_of(model, prompt(1))
-    scales = 2 * (96 + 96 + 64 * 8)
+    scales = 2 * (3 * 64 * 96 // 4)  # blocks of 96 / 8 inputs of w2 are groups of 4
     assert model.expert_store.bytes_fetched == LAYERS * TOP_K * (3 * 64 * 96 + scales)
     assert len(reads) == LAYERS * TOP_K * 6
 
 
 def test_quantising_while_loading_is_refused_with_what_to_do(folder):
-    with pytest.raises(ValueError, match=r"`experts_on`.*write an int8 folder with `grok1 convert`"):
+    with pytest.raises(ValueError, match=r"`experts_on`.*write an int8 or int4 folder with `grok1 convert`"):
         AutoModelForCausalLM.from_pretrained(folder, experts_on="disk", quantization_config=Grok1Int8Config())
 
 
@@ -342,17 +345,17 @@ def shorten(path, keep_the_time=False):
     ids=["removed", "replaced", "shortened", "shortened-unnoticed"],
 )
 def test_a_spoiled_file_gives_one_clear_error(sharded, tmp_path, spoil, reason):
-    copy = shutil.copytree(sharded, tmp_path / "copy")
-    index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    folder = shutil.copytree(sharded, tmp_path / "copy")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with_other_weights = {file for name, file in index.items() if ".experts." not in name}
     only_experts = sorted(set(index.values()) - with_other_weights)
-    model = AutoModelForCausalLM.from_pretrained(copy, experts_on="disk")
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_on="disk")
     for file in only_experts:
-        spoil(copy / file)
+        spoil(folder / file)
     with pytest.raises(OSError, match=reason) as error:
         logits_of(model, prompt())
     message = str(error.value)
-    assert any(str(copy / file) in message for file in only_experts)
+    assert any(str(folder / file) in message for file in only_experts)
     assert "block_sparse_moe.experts." in message
     assert "load the model again" in message
 
@@ -373,7 +376,7 @@ def test_a_checkpoint_that_lacks_experts_is_refused_before_anything_runs(folder,
     [
         ({"experts_on": "gpu"}, "`experts_on`: expected 'cpu' or 'disk', found 'gpu'"),
         ({"expert_cache": "1GB"}, "`expert_cache` keeps experts of `experts_on"),
-        ({"experts_on": "disk", "expert_cache": "1 apple"}, "`expert_cache`: expected a size"),
+        ({"experts_on": "disk", "expert_cache": "1 apple"}, "`expert_cache`: expected a size such as 5GB"),
         ({"experts_on": "disk", "experts_layout": "fused"}, "`experts_layout='fused'`"),
         ({"experts_on": "cpu", "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "'bitsandbytes'"),
     ],
@@ -395,6 +398,27 @@ def test_without_a_checkpoint_a_forward_says_where_experts_come_from():
 )
 def test_sizes_are_decimal_or_binary_as_they_say(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_compute_the_same_with_a_store_of_their_own(folder, place, copy_of):
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_on=place, expert_cache=EXPERT_BYTES * LAYERS)
+    expected = logits_of(model, prompt(6))
+    again = copy_of(model)
+    stores = {id(layer.block_sparse_moe.experts.store) for layer in again.model.layers} | {id(again.expert_store)}
+    assert len(stores) == 1
+    assert again.expert_store is not model.expert_store
+    assert again.expert_store.cached_bytes == 0
+    assert torch.equal(logits_of(again, prompt(6)), expected)
+    assert again.expert_store.cached_bytes == EXPERT_BYTES * LAYERS
+    assert torch.equal(logits_of(model, prompt(6)), expected)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5 G B", "1e9", "0.1B"])
+def test_what_is_no_size_is_refused_with_the_name_of_the_option(text):
+    with pytest.raises(ValueError, match=r"`max_shard_size`: expected a size such as 5GB, 800MB or 4GiB, found"):
+        parse_size(text, "max_shard_size")
 
 
 def test_the_names_of_other_repositories_are_read_in_place_too(whole, folder, tmp_path):

@@ -1,7 +1,5 @@
 """The named configurations."""
 
-import math
-
 import pytest
 
 from grok1.configuration import load_preset, preset_names
@@ -15,7 +13,7 @@ def test_the_release_is_the_default():
 def test_the_demo_is_a_scaled_grok_1():
     config = load_preset("demo")
     assert config.embedding_multiplier_scale == config.hidden_size**0.5
-    assert config.attn_output_multiplier == 1 / math.sqrt(config.head_dim)
+    assert config.attn_output_multiplier == pytest.approx(config.head_dim**-0.5)
     assert config.output_multiplier_scale == GrokConfig().output_multiplier_scale
     assert (config.num_experts, config.num_experts_per_tok) == (8, 2)
     assert config.num_hidden_layers >= 4 and config.num_attention_heads > config.num_key_value_heads

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.quantization_grok1 import Grok1Int8Config, Grok1Int8Quantizer
+from modeling_grok1.quantization_grok1 import Grok1Int8Config, Grok1Quantizer
 
 
 def build(distributed, experts_layout=None, **sizes):
@@ -62,7 +62,7 @@ def test_expert_parallelism_does_not_cut_through_an_expert():
 def test_scale_blocks_that_tensor_parallelism_would_split_are_refused_by_name(blocks, tp_size):
     heads = {"num_attention_heads": 24, "num_key_value_heads": 24}
     model = build({"tp_size": tp_size}, **heads)
-    quantizer = Grok1Int8Quantizer(Grok1Int8Config(scale_blocks=blocks), pre_quantized=True)
+    quantizer = Grok1Quantizer(Grok1Int8Config(scale_blocks=blocks), pre_quantized=True)
     with pytest.raises(
         ValueError, match=rf"`tp_size`: expected a divisor of the {blocks} scale blocks .* found {tp_size}"
     ):

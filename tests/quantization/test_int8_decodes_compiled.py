@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, StaticCache
 
 from modeling_grok1 import Grok1ForCausalLM, Grok1Int8Config
-from modeling_grok1.quantization_grok1 import Int8Experts, Int8Linear
+from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,10 @@ def fill(module):
 @torch.no_grad()
 def test_generated_code_for_one_token_is_right_and_reads_the_int8_in_place(outputs):
     """A copy of the chosen experts would be a buffer of theirs."""
-    experts = fill(Int8Experts(4, 64, 2304, blocks=2, plain_class=nn.Module))
-    linear = fill(Int8Linear(64, outputs, blocks=2))
+    plain = nn.Module()
+    plain.down_proj = torch.empty(4, 64, 2304, device="meta")
+    experts = fill(QuantizedExperts(plain, bits=8, gate_up_blocks=1, down_blocks=2))
+    linear = fill(QuantizedLinear(64, outputs, blocks=2))
     chosen, gates = torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]])
     x = torch.randn(1, 64)
 
@@ -67,7 +69,7 @@ def test_generated_code_for_one_token_is_right_and_reads_the_int8_in_place(outpu
     )
     for actual, expected in zip(compiled, run(x, chosen, gates), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert "int8_grouped_matmul" not in code
+    assert "quantised_grouped_matmul" not in code
     buffers = [line for line in code.splitlines() if "empty_strided_cpu(" in line and " = " in line]
     assert buffers
     assert not [line for line in buffers if "int8" in line]

@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_grok1 import quantization_grok1
+from modeling_grok1 import quantized_grok1
 from modeling_grok1.cpu_grok1 import matmul_by_reduction
-from modeling_grok1.quantization_grok1 import (
+from modeling_grok1.int8_grok1 import int8pack_matmul
+from modeling_grok1.packing_grok1 import quantise_int8
+from modeling_grok1.quantized_grok1 import (
     FrozenMatmul,
-    Int8Experts,
+    QuantizedExperts,
     dequantise,
     grouped_matmul,
-    int8_matmul,
-    packed_matmul,
     plain_matmul,
-    quantise,
+    quantised_matmul,
 )
 
 
@@ -56,7 +56,7 @@ def test_dequantise_is_the_exact_product_rounded_once(generator):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("piece", [1, 1000, 2**20])
 def test_the_plain_product_in_pieces_of_any_size(generator, monkeypatch, shape, piece):
-    monkeypatch.setattr(quantization_grok1, "PIECE", piece)
+    monkeypatch.setattr(quantized_grok1, "DEQUANTISED_ELEMENTS", piece)
     outputs, inputs, blocks = shape
     weight, scale = random_int8(generator, outputs, inputs, blocks=blocks)
     x = torch.randn(5, inputs, generator=generator)
@@ -75,7 +75,7 @@ def test_the_packed_product_also_of_a_memory_mapped_weight(generator, shape, row
     moved = memory[start : start + weight.numel()].view_as(weight).copy_(weight)
     assert moved.data_ptr() % 16 == offset
     x = torch.randn(rows, inputs, generator=generator).bfloat16()
-    y = packed_matmul(x, moved, scale)
+    y = int8pack_matmul(x, moved, scale)
     assert y.dtype == torch.bfloat16
     assert error(y, exact(x, weight, scale)) < 2**-8
 
@@ -84,7 +84,7 @@ def test_the_packed_product_of_rows_that_begin_anywhere(generator):
     weight, scale = random_int8(generator, 16, 64, blocks=1)
     x = torch.randn(4 * 64 + 1, generator=generator).bfloat16()[1:].view(4, 64)
     assert x.data_ptr() % 16 != 0
-    assert error(packed_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-8
+    assert error(int8pack_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-8
 
 
 @pytest.mark.parametrize("inputs", [16, 24, 40, 44, 100])
@@ -92,7 +92,7 @@ def test_few_bf16_rows_of_any_width(generator, inputs):
     """Torch's kernel reads past the end of rows that are no multiple of 16: those take the plain product."""
     weight, scale = random_int8(generator, 16, inputs, blocks=1)
     x = torch.randn(1, inputs, generator=generator).bfloat16()
-    assert error(int8_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-7
+    assert error(quantised_matmul(x, weight, scale), exact(x, weight, scale)) < 2**-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,7 +113,7 @@ def test_the_grouped_product_and_the_rows_of_no_expert(generator, dtype):
     weight, scale = random_int8(generator, 4, 40, 64, blocks=2)
     x = torch.randn(30, 64, generator=generator).to(dtype)
     offsets = torch.tensor([0, 3, 3, 25], dtype=torch.int32)
-    for product in (grouped_matmul, torch.ops.grok1.int8_grouped_matmul):
+    for product in (grouped_matmul, torch.ops.grok1.quantised_grouped_matmul):
         y = product(x, weight, scale, offsets)
         assert error(y[:3], exact(x[:3], weight[1], scale[1])) < (1e-6 if dtype == torch.float32 else 2**-7)
         assert error(y[3:25], exact(x[3:25], weight[3], scale[3])) < (1e-6 if dtype == torch.float32 else 2**-7)
@@ -132,7 +132,9 @@ def test_the_gradient_for_x_is_that_of_the_dequantised_matrix(generator, blocks)
 
 def test_experts_of_another_rank_are_skipped_with_and_without_gradient(generator):
     """Expert parallelism marks them with the number of this rank's experts and a gate of zero."""
-    experts = Int8Experts(3, 16, 32, blocks=2, plain_class=nn.Module)
+    plain = nn.Module()
+    plain.down_proj = torch.empty(3, 16, 32, device="meta")
+    experts = QuantizedExperts(plain, bits=8, gate_up_blocks=1, down_blocks=2)
     for name in ("gate_up_proj", "down_proj"):
         parameter = getattr(experts, name)
         weight, scale = random_int8(generator, *parameter.shape, blocks=getattr(experts, f"{name}_scale").shape[-1])
@@ -157,7 +159,7 @@ def test_experts_of_another_rank_are_skipped_with_and_without_gradient(generator
 def test_quantise_clips_nothing_and_errs_by_half_a_step(generator, blocks):
     weight = torch.randn(300, 64, generator=generator)
     weight[7] = 0
-    values, scale = quantise(weight, blocks)
+    values, scale = quantise_int8(weight, blocks)
     steps = scale.double().repeat_interleave(64 // blocks, dim=-1)
     assert values.abs().max() == 127
     assert ((values * steps - weight).abs() <= 0.501 * steps).all()
@@ -171,7 +173,7 @@ def test_quantise_gives_back_what_was_dequantised(generator):
     values[:, 0] = 127
     scale = (1 + torch.arange(256) % 128 / 128).bfloat16()[:, None] * 2**-9
     for dtype in (torch.float32, torch.bfloat16):
-        again, again_scale = quantise(dequantise(values, scale, dtype), 1)
+        again, again_scale = quantise_int8(dequantise(values, scale, dtype), 1)
         same = torch.ones(256, dtype=torch.bool) if dtype == torch.float32 else (scale != 1.5 * 2**-9).squeeze(1)
         assert torch.equal(again[same], values[same])
         assert torch.equal(again_scale[same], scale[same])

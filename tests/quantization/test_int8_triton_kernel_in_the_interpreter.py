@@ -1,4 +1,4 @@
-"""The Triton kernel computes the plain int8 product: on a CPU in Triton's interpreter, on a GPU as compiled."""
+"""The Triton kernel computes the plain product of 8 and 4 bits: in Triton's interpreter, and compiled on a GPU."""
 
 import importlib
 import sys
@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from modeling_grok1.quantization_grok1 import dequantise
+from modeling_grok1.packing_grok1 import pack
+from modeling_grok1.quantized_grok1 import dequantise
 
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -22,11 +23,13 @@ CASES = [
 ]
 
 
-def compare(matmul, counts, outputs, inputs, blocks, dtype, device):
+def compare(matmul, counts, outputs, inputs, blocks, bits, dtype, device):
     generator = torch.Generator().manual_seed(0)
     experts, rows = len(counts), sum(counts)
     x = torch.randn(rows + 3, inputs, generator=generator).to(dtype)
-    weight = torch.randint(-127, 128, (experts, outputs, inputs), generator=generator, dtype=torch.int8)
+    low, high = (-127, 128) if bits == 8 else (-8, 8)
+    weight = torch.randint(low, high, (experts, outputs, inputs), generator=generator, dtype=torch.int8)
+    weight = weight if bits == 8 else pack(weight, 4)
     scale = (torch.rand(experts, outputs, blocks, generator=generator) * 0.01 + 0.001).bfloat16()
     offsets = torch.tensor(counts).cumsum(dim=0, dtype=torch.int32)
     y = matmul(x.to(device), weight.to(device), scale.to(device), offsets.to(device)).cpu()
@@ -47,33 +50,47 @@ def compare(matmul, counts, outputs, inputs, blocks, dtype, device):
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
-    yield importlib.import_module(KERNEL).int8_grouped_matmul
+    yield importlib.import_module(KERNEL).quantised_grouped_matmul
     sys.modules.pop(KERNEL)  # the next import compiles
 
 
 # The interpreter's own dot product is wrong for bfloat16, which numpy does not have.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted(interpreted, case, dtype):
-    compare(interpreted, *case, dtype, "cpu")
+def test_interpreted(interpreted, case, bits, dtype):
+    compare(interpreted, *case, bits, dtype, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("case", [*CASES, ([1, 1], 65536, 6144, 1), ([1000, 48], 6144, 32768, 8)])
-def test_compiled(case, dtype):
-    compare(importlib.import_module(KERNEL).int8_grouped_matmul, *case, dtype, "cuda")
+def test_compiled(case, bits, dtype):
+    compare(importlib.import_module(KERNEL).quantised_grouped_matmul, *case, bits, dtype, "cuda")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tile", [(16, 32, 256), (64, 128, 64)])
-def test_compiles_for_a_gpu_that_is_not_here(tile):
+def test_compiles_for_a_gpu_that_is_not_here(tile, bits):
     """Down to machine code for compute capability 9.0, with the released model's expert and blocks of 4096 inputs."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = importlib.import_module(KERNEL).int8_matmul_kernel
-    pointers = {"x_ptr": "*bf16", "weight_ptr": "*i8", "scale_ptr": "*bf16", "offsets_ptr": "*i32", "y_ptr": "*bf16"}
-    constants = {"E": 8, "GROUP": 4096, **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), tile, strict=True))}
+    kernel = importlib.import_module(KERNEL).quantised_matmul_kernel
+    pointers = {
+        "x_ptr": "*bf16",
+        "weight_ptr": "*i8" if bits == 8 else "*u8",
+        "scale_ptr": "*bf16",
+        "offsets_ptr": "*i32",
+        "y_ptr": "*bf16",
+    }
+    constants = {
+        "E": 8,
+        "BITS": bits,
+        "GROUP": 4096,
+        **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), tile, strict=True)),
+    }
     signature = {**pointers, "N": "i32", "K": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     assert "mma" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

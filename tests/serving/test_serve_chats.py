@@ -11,7 +11,9 @@ from local_server import DEMO, PASSAGES, ROOT, SMALL_CACHE, serving
 from openai import BadRequestError, OpenAI
 
 from grok1.conversion.convert import convert
-from grok1.serving.server import FolderManager, batching_config, build_app
+from grok1.serving.generation import batching_config
+from grok1.serving.model import FolderManager
+from grok1.serving.server import build_app
 
 
 TRANSFORMERS = (sys.executable, "-c", "from transformers.cli.transformers import main; main()")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_grok1.quantization_grok1 import Int8Linear
+from modeling_grok1.quantized_grok1 import QuantizedLinear
 
 
 peft = pytest.importorskip("peft")
@@ -93,7 +93,7 @@ def test_adapters_load_and_merge_into_a_dequantised_model(converted, reference, 
     with torch.no_grad():
         expected = model(golden.tokens).logits
         model.dequantize()
-        assert not any(isinstance(module, Int8Linear) for module in model.modules())
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(golden.tokens).logits, expected, rtol=0, atol=5e-4)
         merged.save_pretrained(tmp_path)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from grok1.analysis.evaluate import quantization_config, stored_bytes
-from grok1.sizing.memory import PRECISIONS, memory_table, meta_model, model_memory, peak_bytes
-from modeling_grok1 import Grok1ForCausalLM, Grok1Int8Config, GrokConfig
+from grok1.analysis.evaluate import stored_bytes
+from grok1.precision import PRECISIONS, loading_options
+from grok1.sizing.memory import memory_table, meta_model, model_memory, peak_bytes
+from modeling_grok1 import Grok1ForCausalLM, GrokConfig
+from modeling_grok1.cpu_grok1 import keep_freed_memory
 
 
 CONFIG = {
@@ -33,13 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_are_the_bytes_that_the_loaded_model_holds(folder: Path, precision: str) -> None:
-    dtype = getattr(torch, PRECISIONS[precision].dtype)
-    options = {}
-    if precision == "int8":
-        options["quantization_config"] = Grok1Int8Config(scale_blocks=8)
-    elif precision not in ("float32", "bfloat16"):
-        options["quantization_config"] = quantization_config(precision, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **loading_options(folder, precision))
     told = model_memory(GrokConfig(**CONFIG), precision, prompt=16)
     matrices = 3 * (4 + 4 * 3)
     # Beside each matrix bitsandbytes saves its shape, type and block size as text; in 8 bits one byte for the format.
@@ -53,7 +49,6 @@ def test_weights_are_the_bytes_that_the_loaded_model_holds(folder: Path, precisi
         model(torch.arange(3, 13)[None], past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert told.kv_bytes(10) == held
-    assert told.total_bytes(10) == told.weights_bytes + held + told.activations
 
 
 def test_the_peak_of_known_operations() -> None:
@@ -77,6 +72,7 @@ def activations(dtype: str, prompt: int) -> tuple[int, int]:
     model = Grok1ForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     tokens = torch.randint(3, 96, (1, prompt))
     cache = DynamicCache(config=config)
+    keep_freed_memory()  # once in a process; its block is never written to
     measured = peak_bytes(
         lambda: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1),
         given=[tokens, *model.parameters(), *model.buffers()],

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 from transformers.integrations.accelerate import get_device
 from typer.testing import CliRunner
 
+from grok1.cli.plan import plan_command
+from grok1.sizing.hardware import GB, Gpus
 from grok1.sizing.memory import meta_model, peak_bytes
-from grok1.sizing.plan import GB, RESERVED, Gpus, Request, make_plan, plan_command, suggestions
+from grok1.sizing.plan import RESERVED, make_plan, suggestions
+from grok1.sizing.request import Request
 from modeling_grok1 import GrokConfig
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 
@@ -127,7 +130,7 @@ def test_auto_takes_the_fastest_way_that_the_sizes_allow(released, gpus, precisi
 def test_what_cannot_be_cut_is_refused_by_name(released, parallel):
     with pytest.raises(ValueError, match=r"`tp_size`: expected a divisor of `num_key_value_heads` \(8\), found 16"):
         make_plan(Request(released, Gpus.parse("16x80GB"), parallel=parallel))
-    with pytest.raises(ValueError, match=r"nf4 has an nn\.Linear for each matrix"):
+    with pytest.raises(ValueError, match=r"nf4 has one nn\.Linear per matrix"):
         make_plan(Request(released, Gpus.parse("8x80GB"), "nf4", parallel=parallel))
 
 
@@ -181,7 +184,7 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(folder):
     assert all(word in fits.output for word in ("weights", "KV cache", "activations", "free", "It fits", "torchrun"))
     too_small = run("--gpus", "1.02GB", "--precision", "float32", "--context", "256", str(folder))
     assert too_small.exit_code == 1
-    assert "It does not fit: the fullest GPU lacks" in too_small.output
+    assert "GB short on the fullest GPU" in too_small.output
     assert "What would make it fit" in too_small.output
 
 
