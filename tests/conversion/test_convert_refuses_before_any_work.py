@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grok1.conversion import convert as convert_module
+from grok1.conversion import plan as plan_module
 from grok1.conversion.convert import convert
 from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
@@ -50,7 +50,7 @@ def test_all_problems_come_in_one_message(source, tmp_path):
         "notes.txt",
         "dtype: expected one of bfloat16, float32, int8, int4, found 'fp8'",
         "layout: expected one of hub, fused, hpcai, keyfan, found 'sharded'",
-        "max_shard_size: expected a size such as 5GB",
+        "`max_shard_size`: expected a size such as 5GB",
         "tokenizer.model: expected",
     ):
         assert expected in message
@@ -117,7 +117,7 @@ def test_a_place_that_cannot_be_written(source, tmp_path, monkeypatch):
 
 def test_too_little_disk_is_found_before_the_first_byte(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     message = refusal(source, tmp_path / "out")
     assert "free bytes on the disk, found 1,000" in message
     assert not (tmp_path / "out").exists()

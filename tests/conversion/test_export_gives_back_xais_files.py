@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from xai_files import tensor_files
 
+from grok1.arrays import RawArray
 from grok1.conversion.convert import convert
 from grok1.conversion.export_xai import ExportReport, _File, _Writer, export_xai
 from grok1.conversion.names import checkpoint_entries, hub_tensors
 from grok1.conversion.release import release_files
-from grok1.conversion.xai.checkpoint import RawArray, read_tensor_file
+from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame
 from grok1.errors import ConversionError
 from modeling_grok1 import GrokConfig

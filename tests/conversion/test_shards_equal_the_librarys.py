@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from grok1.conversion.layout import TORCH_DTYPE, as_bytes
 from grok1.conversion.names import HubTensor, hub_tensors
 from grok1.conversion.release import release_sizes
-from grok1.conversion.shards import index_text, make_shard, parse_size, plan_shards
+from grok1.conversion.shards import index_text, make_shard, plan_shards
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
+from modeling_grok1.sizes_grok1 import parse_size
 
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
