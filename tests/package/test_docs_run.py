@@ -167,7 +167,7 @@ def test_the_messages_that_are_explained_exist():
         for file in sorted((ROOT / folder).rglob("*.py"))
     )
     for message in (
-        "rests on the loading internals of transformers",
+        "The PyTorch model of Grok-1 needs transformers",
         "two spellings of one value disagree",
         "cannot be a Grok-1: ",
         "expected an empty folder or none",
