@@ -1,56 +1,73 @@
-"""Weights of Grok-1 that other repositories hold, rewritten into the hub layout.
+"""Weights of Grok-1 from other repositories, rewritten into the hub layout.
 
 Reads the names of hpcai-tech/grok-1 and keyfan/grok-1-hf (and our own) from safetensors or .bin shards, and writes
-what `grok1 convert` writes: the same names, order, companions and guarantees. A .bin shard is read with
-`torch.load(weights_only=True, mmap=True)`, which runs no code. Blocks of rows are in memory, never a whole tensor.
+what `grok1 convert` writes: the same names, order, companions and guarantees. A .bin shard is opened with
+`torch.load(weights_only=True)` on the meta device, which runs no code and reads no weight; the bytes are then read by
+position, in blocks of rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from grok1.conversion.convert import (
-    TOKENIZER_NAME,
-    Plan,
-    Progress,
-    free_bytes,
-    write_at,
-    write_companions,
-    written_config,
-)
-from grok1.conversion.journal import PARTIAL_SUFFIX, claimed, output_problems, sync_folder
+from grok1.arrays import RawArray
+from grok1.conversion.companions import write_companions
+from grok1.conversion.journal import claimed, output_problems
+from grok1.conversion.layout import TORCH_DTYPE, as_bytes, as_tensor
 from grok1.conversion.names import HEAD_NAME, hub_tensors
-from grok1.conversion.shards import Shard, parse_size, plan_shards
+from grok1.conversion.plan import Plan, space_problems, written_config
+from grok1.conversion.ports import FolderSink
+from grok1.conversion.settings import Settings
+from grok1.conversion.shards import Shard, plan_shards
+from grok1.conversion.tokenizer import TOKENIZER_NAME
+from grok1.conversion.write import AGAIN, finish_file
 from grok1.errors import ConversionError
+from grok1.files import (
+    BINARY,
+    PARTIAL_SUFFIX,
+    FileState,
+    Progress,
+    read_safetensors_header,
+    sha256_of,
+    unwritable,
+    write_at,
+)
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.loading_grok1 import ALIASES
 
 
 BLOCK_BYTES = 64 * 2**20
-TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOATS = ("bfloat16", "float32")
+EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the folder: where it is, and how to read rows [start, stop) of it."""
+    """A tensor of the folder: its name there, and where its bytes are."""
 
     name: str
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    rows: Callable[[int, int], torch.Tensor]
+    array: RawArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The weights of a repository: tensors by their names in the hub layout, and the state of each file."""
+
+    tensors: dict[str, Stored]
+    states: dict[Path, FileState]
 
 
 def hub_name(name: str) -> str:
@@ -67,56 +84,66 @@ def adopt(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Plan:
-    """Rewrites `folder` as a hub folder `out`. Run again after an interruption, it goes on.
+    """Rewrites `folder` as a hub folder `out`. Run again after an interruption, it resumes.
 
     Matrices keep the dtype that most of them have (bfloat16 or float32); norms and routers become float32, which is
-    exact from bfloat16. A tied head that the folder leaves out is written as a copy of the embedding.
+    exact from bfloat16. If the folder has no output head, a copy of the embedding is written: it is tied.
 
     Raises:
-        ConversionError: the folder is not a whole Grok-1 (every missing, unknown or mis-shaped tensor is listed), or
-            `out` is in use or full.
+        ConversionError: the folder is not a complete Grok-1 (every missing, unknown or mis-shaped tensor is listed),
+            or `out` is in use or full.
+        CheckpointError: a file of the folder changed while it was read.
     """
     folder, out = Path(folder), Path(out)
-    config = _read_config(folder)
-    stored, problems = _stored_tensors(folder)
-    dtype = _main_dtype(stored)
-    if dtype is None:
-        problems.append(f"{folder}: expected matrices in bfloat16 or float32, found neither")
-    shards = plan_shards(hub_tensors(config, "hub", dtype or "bfloat16").values(), parse_size(max_shard_size))
-    problems += _mismatches(shards, stored)
-    written = written_config(config, dtype or "bfloat16", 1)
-    tokenizer = folder / TOKENIZER_NAME
-    record = {
-        "settings": {
-            "max_shard_size": parse_size(max_shard_size),
-            "config": json.loads(written.to_json_string(use_diff=False)),
-            "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
-        },
-        "source": {
-            file: [(folder / file).stat().st_size, (folder / file).stat().st_mtime_ns]
-            for file in sorted({tensor.file for tensor in stored.values()})
-        },
-    }
-    problems += output_problems(out, record)
-    plan = Plan(
-        *(out, dtype or "bfloat16", "hub", parse_size(max_shard_size), written),
-        *(tokenizer if tokenizer.is_file() else None, shards, frozenset(), record),
-    )
-    if not problems and free_bytes(out, shards) < plan.needed_bytes:
-        problems.append(f"{out}: expected {plan.needed_bytes:,} free bytes, found {free_bytes(out, shards):,}")
+    plan, weights = _plan(folder, out, Settings(max_shard_size=max_shard_size))
+    try:
+        with claimed(out, plan.record):
+            done = 0
+            for shard in plan.shards:
+                if not FolderSink().has(shard, out):
+                    for nbytes in _write_shard(out / shard.name, shard, weights):
+                        if progress is not None:
+                            progress(done + nbytes, plan.nbytes)
+                done += shard.nbytes
+            write_companions(plan)
+    except OSError as error:
+        raise unwritable(out, error, AGAIN) from error
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def _plan(folder: Path, out: Path, settings: Settings) -> tuple[Plan, Folder]:
+    problems = settings.problems()
     if problems:
         raise ConversionError(f"{folder}: cannot be adopted to {out}", problems, "Nothing was written.")
-    with claimed(out, record):
-        done = 0
-        for shard in shards:
-            path = out / shard.name
-            if not path.is_file():
-                for nbytes in _write_shard(path, shard, stored):
-                    if progress is not None:
-                        progress(done + nbytes, plan.nbytes)
-            done += shard.nbytes
-        write_companions(plan)
-    return plan
+    config = _read_config(folder)
+    weights, problems = _read_folder(folder)
+    dtype = _main_dtype(weights)
+    if dtype is None:
+        problems.append(f"{folder}: expected matrices in bfloat16 or float32, found neither")
+        dtype = "bfloat16"
+    shards = plan_shards(hub_tensors(config, "hub", dtype).values(), settings.max_shard_bytes)
+    problems += _mismatches(shards, weights.tensors)
+    written = written_config(config, dtype, settings.inputs_per_scale)
+    tokenizer = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_file() else None
+    record = {
+        "settings": {
+            "max_shard_size": settings.max_shard_bytes,
+            "config": json.loads(written.to_json_string(use_diff=False)),
+            "tokenizer": None if tokenizer is None else sha256_of(tokenizer),
+        },
+        "source": {file.name: state.lasting for file, state in sorted(weights.states.items())},
+    }
+    problems += output_problems(out, record)
+    finished = frozenset(shard.name for shard in shards if not problems and FolderSink().has(shard, out))
+    plan = Plan(out, dtype, "hub", written, tokenizer, shards, finished, record)
+    problems += space_problems(plan)
+    if problems:
+        raise ConversionError(f"{folder}: cannot be adopted to {out}", problems, "Nothing was written.")
+    return plan, weights
 
 
 def _read_config(folder: Path) -> GrokConfig:
@@ -126,57 +153,73 @@ def _read_config(folder: Path) -> GrokConfig:
         for key in ("architectures", "auto_map", "quantization_config"):
             values.pop(key, None)
         return GrokConfig.from_dict(values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [str(error)]) from None
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, Stored], list[str]]:
-    """Every tensor of the folder by its name in the hub layout, and what cannot be read, one line each."""
-    stored: dict[str, Stored] = {}
+def _read_folder(folder: Path) -> tuple[Folder, list[str]]:
+    """Every tensor of the folder by its name in the hub layout, and what cannot be read, one line per problem."""
+    tensors: dict[str, Stored] = {}
+    states: dict[Path, FileState] = {}
     problems = []
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         problems.append(f"{folder}: expected *.safetensors or *.bin files, found none")
     for file in files:
         try:
-            tensors = list(_safetensors(file) if file.suffix == ".safetensors" else _bin(file))
-        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            problems.append(f"{file.name}: expected a file of tensors, found {error}")
+            states[file] = FileState.of(file)
+            found = list(_safetensors(file) if file.suffix == ".safetensors" else _bin(file))
+        except (OSError, ValueError) as error:
+            problems.append(f"{file.name}: expected a file of tensors, found: {error}")
             continue
-        for tensor in tensors:
-            name = hub_name(tensor.name)
-            if name in stored:
-                problems.append(f"{file.name}: {tensor.name} is {name}, which {stored[name].file} has already")
-            stored[name] = tensor
-    return stored, problems
+        for stored in found:
+            name = hub_name(stored.name)
+            if name in tensors:
+                problems.append(
+                    f"{file.name}: {stored.name} is {name}, which is in {tensors[name].array.file.name} already"
+                )
+            tensors[name] = stored
+    return Folder(tensors, states), problems
 
 
 def _safetensors(file: Path) -> Iterator[Stored]:
-    reader = safe_open(file, framework="pt")
-    for name in reader.keys():  # noqa: SIM118  (a safe_open is no mapping)
-        piece = reader.get_slice(name)
-        dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}.get(
-            piece.get_dtype(), torch.uint8
-        )
-        yield Stored(name, file.name, tuple(piece.get_shape()), dtype, partial(_rows, piece))
+    for name, tensor in read_safetensors_header(file).items():
+        yield Stored(name, RawArray(file, tensor.dtype, tensor.shape, tensor.offset))
 
 
 def _bin(file: Path) -> Iterator[Stored]:
-    for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
-        yield Stored(name, file.name, tuple(tensor.shape), tensor.dtype, partial(_rows, tensor))
+    """The tensors of a file that `torch.save` wrote. Raises ValueError if it is something else."""
+    if not file.is_file():
+        raise ValueError("expected a regular file, found something else")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+        found = torch.load(file, map_location="meta", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
+    if packed or any(order != b"little" for order in orders):
+        raise ValueError("compressed or big-endian tensors")
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} in place of tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"a {type(tensor).__name__} under the name {name!r}")
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or not tensor.is_contiguous():
+            raise ValueError(f"{name}, which is not one block of bytes in the file")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield Stored(
+            str(name), RawArray(file, dtype, tuple(tensor.shape), offset + tensor.storage_offset() * tensor.itemsize)
+        )
 
 
-def _rows(tensor: Any, start: int, stop: int) -> torch.Tensor:
-    return tensor[start:stop]
-
-
-def _main_dtype(stored: dict[str, Stored]) -> str | None:
-    """The precision of the matrices, by their elements."""
-    sizes = dict.fromkeys(TORCH_DTYPE, 0)
-    for tensor in stored.values():
-        for name, dtype in TORCH_DTYPE.items():
-            if tensor.dtype == dtype and len(tensor.shape) == 2:
-                sizes[name] += tensor.shape[0] * tensor.shape[1]
+def _main_dtype(weights: Folder) -> str | None:
+    """The dtype of the matrices: the one with most elements."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for stored in weights.tensors.values():
+        if stored.array.dtype in FLOATS and len(stored.shape) == 2:
+            sizes[stored.array.dtype] += stored.shape[0] * stored.shape[1]
     return max(sizes, key=lambda name: sizes[name]) if any(sizes.values()) else None
 
 
@@ -192,35 +235,38 @@ def _mismatches(shards: list[Shard], stored: dict[str, Stored]) -> list[str]:
         for name in stored.keys() - expected.keys()
     ]
     problems += [
-        f"{tensor.name}: expected bfloat16 or float32, found {str(tensor.dtype).removeprefix('torch.')}"
+        f"{tensor.name}: expected bfloat16 or float32, found {tensor.array.dtype}"
         for name, tensor in stored.items()
-        if name in expected and tensor.dtype not in TORCH_DTYPE.values()
+        if name in expected and tensor.array.dtype not in FLOATS
     ]
     return problems
 
 
-def _write_shard(path: Path, shard: Shard, stored: dict[str, Stored]) -> Iterator[int]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Write
+
+
+def _write_shard(path: Path, shard: Shard, weights: Folder) -> Iterator[int]:
     """Writes a shard and yields the bytes written so far."""
     unfinished = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o644)
+    used: set[Path] = set()
     try:
         write_at(descriptor, memoryview(shard.header), 0)
         written = len(shard.header)
         for tensor in shard.tensors:
-            source = stored.get(tensor.name) or stored["model.embed_tokens.weight"]
+            source = (weights.tensors.get(tensor.name) or weights.tensors[EMBEDDING_NAME]).array
+            used.add(source.file)
             row_bytes = tensor.nbytes // tensor.shape[0]
             step = max(1, BLOCK_BYTES // row_bytes)
             for start in range(0, tensor.shape[0], step):
-                rows = source.rows(start, min(start + step, tensor.shape[0])).to(TORCH_DTYPE[tensor.dtype])
-                data: Any = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
+                stored = source.read_rows((), start, min(start + step, tensor.shape[0]))
+                data = as_bytes(as_tensor(stored, source.dtype).to(TORCH_DTYPE[tensor.dtype]).contiguous())
                 write_at(descriptor, data, shard.offsets[tensor.name] + start * row_bytes)
                 written += len(data)
                 yield written
-        os.fsync(descriptor)
     except BaseException:
+        os.close(descriptor)
         unfinished.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(descriptor)
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
+    finish_file(descriptor, path, {file: weights.states[file] for file in used})

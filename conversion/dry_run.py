@@ -1,35 +1,30 @@
-"""What a conversion would write and take, from the table of names and a second of measurement."""
+"""What a conversion would write and need, from the table of names and a second of measurement."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grok1.conversion.convert import (
-    Plan,
-    free_bytes,
-    plan_folder,
-    read_config,
-    setting_problems,
-    write_at,
-    written_config,
-)
+from grok1.conversion.inputs import find_folder, read_config
 from grok1.conversion.layout import SLAB_BYTES
 from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
 from grok1.conversion.packing import group_size_problems
-from grok1.conversion.shards import make_shard, parse_size, plan_shards
+from grok1.conversion.plan import Plan, free_bytes, plan_conversion, written_config
+from grok1.conversion.settings import Settings
+from grok1.conversion.shards import make_shard, plan_shards
 from grok1.conversion.streaming import BYTES_PER_ELEMENT, LIVE_SLABS, BlockStream, available_cores
 from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
+from grok1.files import write_at
 from modeling_grok1.configuration_grok1 import GrokConfig
-from modeling_grok1.packing_grok1 import GROUP_SIZES
 
 
 # Anonymous memory of Python with torch and Transformers imported.
@@ -38,10 +33,10 @@ BASE_BYTES = 350 * 2**20
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a conversion comes to.
+    """Size, memory and time of a conversion.
 
     Args:
-        source: what was looked at: a folder, or the release's table.
+        source: what the plan was made from: a folder, or the release's table.
         shards: bytes of each shard by its name, headers included.
         nbytes: bytes of all shards.
         needed_bytes, free_bytes: of disk, for what is not finished yet.
@@ -60,63 +55,36 @@ class Forecast:
     seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dataclasses.asdict(self)
 
 
 def forecast(
-    src: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    settings: Settings | None = None,
     *,
-    dtype: str = "bfloat16",
-    layout: str = "hub",
-    config: str | os.PathLike[str] | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    no_tokenizer: bool = False,
-    max_shard_size: int | str = "5GB",
-    group_size: int | None = None,
     jobs: int | None = None,
+    **changes: Any,
 ) -> Forecast:
     """Plans `convert` with the same arguments and writes nothing but a temporary file beside `out`.
 
-    Where `src` is no folder, the plan is made from the table alone: of the release, or of the sizes in `config`.
+    Where `source` is not a folder, the plan is made from the table alone: of the release, or of the sizes in `config`.
 
     Raises:
-        CheckpointError, ConversionError: the source or the settings, with all problems. Too little disk is none here.
+        CheckpointError, ConversionError: the source or the settings, with all problems. Too little disk is no error.
     """
-    src, out = Path(src), Path(out)
-    if src.is_dir():
-        plan, _ = plan_folder(
-            src,
-            out,
-            dtype=dtype,
-            layout=layout,
-            config=config,
-            tokenizer=tokenizer,
-            no_tokenizer=no_tokenizer,
-            max_shard_size=max_shard_size,
-            group_size=group_size,
-            check_space=False,
-        )
-        source = str(src)
+    settings = dataclasses.replace(settings or Settings(), **changes)
+    source, out = Path(source), Path(out)
+    if source.is_dir():
+        plan = plan_conversion(find_folder(source, out, settings), out, settings, check_space=False)
+        name = str(source)
     else:
-        problems = setting_problems(dtype, layout, max_shard_size, group_size)
-        if problems:
-            raise ConversionError("cannot be converted", problems)
-        grok_config = GrokConfig() if config is None else read_config(Path(config))
-        group_size = group_size or GROUP_SIZES[0]
-        entries = checkpoint_entries(grok_config)
-        blocks = {entry.index: entry.kind.scale_blocks for entry in entries}
-        problems = group_size_problems(entries, dtype, group_size, blocks) if dtype in BITS else []
-        if problems:
-            raise ConversionError("cannot be converted", problems)
-        shards = plan_shards(hub_tensors(grok_config, layout, dtype, group_size).values(), parse_size(max_shard_size))
-        written = written_config(grok_config, dtype, group_size)
-        plan = Plan(out, dtype, layout, parse_size(max_shard_size), written, None, shards, frozenset(), {})
-        source = "the table of the release" if config is None else f"the sizes in {config}"
+        plan = _plan_from_table(out, settings)
+        name = "the table of the release" if settings.config is None else f"the sizes in {settings.config}"
     jobs = jobs or available_cores()
-    rate = measured_rate(out, dtype, jobs)
+    rate = measured_rate(out, settings.dtype, jobs)
     return Forecast(
-        source=source,
+        source=name,
         shards={shard.name: shard.nbytes for shard in plan.shards},
         nbytes=plan.nbytes,
         needed_bytes=plan.needed_bytes,
@@ -125,6 +93,23 @@ def forecast(
         bytes_per_second=rate,
         seconds=None if rate is None else (plan.nbytes - plan.finished_bytes) / rate,
     )
+
+
+def _plan_from_table(out: Path, settings: Settings) -> Plan:
+    if settings.problems():
+        raise ConversionError("cannot be converted", settings.problems())
+    config = GrokConfig() if settings.config is None else read_config(Path(settings.config))
+    group_size = settings.inputs_per_scale
+    if settings.dtype in BITS:
+        entries = checkpoint_entries(config)
+        blocks = {entry.index: entry.kind.scale_blocks for entry in entries}
+        problems = group_size_problems(entries, settings.dtype, group_size, blocks)
+        if problems:
+            raise ConversionError("cannot be converted", problems)
+    tensors = hub_tensors(config, settings.layout, settings.dtype, group_size)
+    shards = plan_shards(tensors.values(), settings.max_shard_bytes)
+    written = written_config(config, settings.dtype, group_size)
+    return Plan(out, settings.dtype, settings.layout, written, None, shards, frozenset(), {})
 
 
 def peak_bytes(plan: Plan, jobs: int) -> int:
@@ -137,7 +122,7 @@ def peak_bytes(plan: Plan, jobs: int) -> int:
 
 
 def measured_rate(out: Path, dtype: str, jobs: int) -> float | None:
-    """Bytes of output a second, on the disk of `out`: one matrix (8192, 6144) converted, written and synchronised."""
+    """Bytes of output per second on the disk of `out`: one matrix (8192, 6144) is converted and written to it."""
     place = out.absolute()
     while not place.is_dir():
         place = place.parent

@@ -1,7 +1,8 @@
 """A converted folder back to xAI's format: the table of names read from right to left.
 
-What is stored as it was (float32 norms, routers and embedding; int8 with scales) comes back byte for byte. Dequantised
-matrices are quantised again, which is lossy: the report says by how much. One expert is in memory at a time.
+Tensors that are stored as in the release (float32 norms, routers and embedding; int8 with scales) are restored byte
+for byte. Dequantised matrices are quantised again, which is lossy: the report states the error. One expert is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grok1.conversion.convert import resolve_config
-from grok1.conversion.hub_folder import read_hub_folder
+from grok1.arrays import RawArray, count_nonfinite, folder_arrays
+from grok1.conversion.inputs import read_config
 from grok1.conversion.layout import as_tensor, transpose
 from grok1.conversion.names import (
     HEAD_NAME,
-    ITEMSIZE,
     LAYOUTS,
     Entry,
     HubTensor,
@@ -35,22 +35,20 @@ from grok1.conversion.names import (
     parts_by_entry,
 )
 from grok1.conversion.streaming import available_cores
-from grok1.conversion.xai.checkpoint import RawArray, count_nonfinite
+from grok1.conversion.tokenizer import TOKENIZER_NAME
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
+from grok1.files import ITEMSIZE, PARTIAL_SUFFIX, Progress, write_file
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
 
 
 FOLDER_NAME = "ckpt-0"
-TOKENIZER_NAME = "tokenizer.model"
-# Elements that a worker has in hand: 4 MiB in float32, six such temporaries at most.
+# Elements in a block of a worker: 4 MiB in float32, with at most six such temporaries.
 BLOCK_ELEMENTS = 2**20
-# What a folder's config says about that folder only: how its weights are stored and where their code lies.
+# What a config says about its folder only: how its weights are stored and where their code is.
 NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -122,7 +120,7 @@ def export_xai(
         scale_blocks: row blocks that get scales of their own, in the attention output and the experts' down matrices
             (the release: 8). The other matrices have one. Int8 folders keep their scales, one for each block of groups
             that have the same.
-        jobs: worker threads; by default one a core.
+        jobs: worker threads; by default one per core.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -130,7 +128,7 @@ def export_xai(
             Or a matrix is not finite, or the head is not the embedding: then what was written is removed.
     """
     folder, out = Path(folder), Path(out)
-    config = resolve_config(folder, folder, folder / "config.json")
+    config = read_config(folder / "config.json")
     packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
     files, head, problems = _plan(folder, config, packing, scale_blocks)
     total = sum(file.frame.size for file in files)
@@ -139,7 +137,7 @@ def export_xai(
         raise ConversionError(f"{folder}: cannot be exported to {out}", problems, "Nothing was written.")
 
     report = ExportReport(out / FOLDER_NAME)
-    unfinished = out / f"{FOLDER_NAME}.partial"
+    unfinished = out / f"{FOLDER_NAME}{PARTIAL_SUFFIX}"
     created = not out.exists()
     unfinished.mkdir(parents=True)
     try:
@@ -178,7 +176,7 @@ def _plan(
     folder: Path, config: GrokConfig, packing: tuple[int, int] | None, scale_blocks: int
 ) -> tuple[list[_File], RawArray | None, list[str]]:
     """The files to be written, the head if the folder has one, and every problem."""
-    found = read_hub_folder(folder)
+    found = folder_arrays(folder)
     head = found.pop(HEAD_NAME, None)
     tensors = _expected(config, packing, set(found))
     problems = [f"{name}: expected a tensor {t.shape}, found none" for name, t in tensors.items() if name not in found]
@@ -220,7 +218,7 @@ def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
         expected = f"{' or '.join(dtypes)} {tensor.shape}"
         return [f"{tensor.name}: expected {expected}, found {array.dtype} {array.shape}"]
     if tensor.parts[0].field == "scales":
-        bad = count_nonfinite(array.read())
+        bad = count_nonfinite(array.read(), array.dtype)
         return [f"{tensor.name}: expected finite scales, found {bad} that are NaN or infinite"] if bad else []
     if tensor.parts[0].field == "shape":
         matrix, shape = tensor.parts[0].entry.shape[:-3:-1], tuple(array.read().tolist())
@@ -411,6 +409,6 @@ def _check_head(head: RawArray, embedding: RawArray) -> None:
 def _write_companions(folder: Path, out: Path) -> None:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
-    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(out / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     if (folder / TOKENIZER_NAME).is_file():
-        shutil.copyfile(folder / TOKENIZER_NAME, out / TOKENIZER_NAME)
+        write_file(out / TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())

@@ -1,13 +1,12 @@
 """A checkpoint on the Hugging Face hub as the source of a conversion: `hf://owner/name[@revision]`.
 
-Files are fetched a few ahead of the converter, each is checked against the checksum that the hub states, and with
-`discard` each is deleted when no unfinished shard needs it: the scratch on the disk never exceeds its bound.
+A few files are fetched ahead of the converter, and each is checked against the checksum that the hub states. With
+`discard_source` each is deleted when no unfinished shard needs it, and the fetched files never exceed their bound.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import threading
@@ -23,32 +22,23 @@ import httpx2
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from grok1.conversion.convert import (
-    TOKENIZER_NAME,
-    Plan,
-    Sink,
-    make_plan,
-    read_config,
-    resolve_tokenizer,
-    setting_problems,
-    source_files,
-    space_problems,
-)
+from grok1.conversion.inputs import Checkpoint, find_tokenizer, read_config
 from grok1.conversion.names import Entry, checkpoint_entries
-from grok1.conversion.shards import parse_size
+from grok1.conversion.settings import Settings
+from grok1.conversion.tokenizer import TOKENIZER_NAME
 from grok1.conversion.xai.checkpoint import TENSOR_FILE, TensorFile, mismatches, read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame
 from grok1.errors import CheckpointError, ConversionError
+from grok1.files import hash_file
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
 SCHEME = "hf://"
 URI = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?/?")
-SCRATCH_NAME = ".source.partial"  # inside the output folder: it goes when the conversion is done
-# Without `discard`, the files stay in the hub's cache and only the downloads under way are bounded.
+SCRATCH_NAME = ".source.partial"  # inside the output folder, removed when the conversion is done
+# Without `discard_source`, files stay in the hub's cache and only the running downloads are bounded.
 AHEAD = 3
 ATTEMPTS = 6
-HASH_BLOCK = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class HubCheckpoint:
 
     Args:
         repo: owner/name.
-        commit: the commit that the revision named when it was looked up; everything is read from it.
+        commit: the commit of the revision when it was looked up; everything is read from it.
         files: every file of the repository by its path.
     """
 
@@ -66,11 +56,11 @@ class HubCheckpoint:
     files: dict[str, RepoFile]
 
     def path_of(self, file: str) -> str | None:
-        """Where a tensor file lies: at the top, in ckpt-0/ or in ckpt/."""
+        """The path of a tensor file: at the top, in ckpt-0/ or in ckpt/."""
         return next((p + file for p in ("", "ckpt-0/", "ckpt/") if p + file in self.files), None)
 
     def download(self, path: str, folder: Path | None = None, force: bool = False) -> Path:
-        """One file, into the hub's cache or below `folder`; resumed if it was begun."""
+        """Fetches one file into the hub's cache or below `folder`; resumes a partial download."""
         return Path(hf_hub_download(self.repo, path, revision=self.commit, local_dir=folder, force_download=force))
 
 
@@ -99,9 +89,9 @@ def look_up(uri: str) -> HubCheckpoint:
 
 
 def examine(checkpoint: HubCheckpoint, entries: Sequence[Entry]) -> tuple[dict[int, RepoFile], list[str]]:
-    """The repository's file for each entry, and what is missing, unknown or of an impossible size, one line each.
+    """The repository's file for each entry, and what is missing, unknown or of an impossible size.
 
-    Sizes are exact: a file of xAI's format with given shapes has one size for each number of scale blocks.
+    Sizes are exact: a file of xAI's format with given shapes has one size per number of scale blocks.
     """
     files, problems = {}, []
     known = {entry.file for entry in entries}
@@ -133,14 +123,14 @@ def blocks_of_size(entry: Entry, size: int) -> int | None:
 
 
 class HubSource:
-    """`convert.Source` over a repository.
+    """`ports.Source` over a repository.
 
     Args:
         checkpoint: the repository.
         entries: the files that the model needs.
         files: the repository's file for each entry's index (`examine`).
-        scratch: where files go with `discard`; None keeps them in the hub's cache.
-        scratch_bytes: bound on the bytes below `scratch`.
+        scratch: the folder of fetched files with `discard_source`; None keeps them in the hub's cache.
+        scratch_limit: bound on the bytes below `scratch`.
     """
 
     def __init__(
@@ -148,18 +138,28 @@ class HubSource:
         checkpoint: HubCheckpoint,
         entries: Sequence[Entry],
         files: dict[int, RepoFile],
-        scratch: Path | None = None,
-        scratch_bytes: int = 16 * 10**9,
+        scratch: Path | None,
+        scratch_limit: int,
     ):
         self.checkpoint, self.files = checkpoint, files
         self.entries = {entry.index: entry for entry in entries}
-        self.scratch, self.scratch_bytes = scratch, scratch_bytes
+        self.scratch, self.scratch_limit = scratch, scratch_limit
         self.queue: deque[int] = deque()
         self.futures: dict[int, Future[TensorFile]] = {}
         self.in_use = 0
         self.lock = threading.RLock()  # a download that is done at once calls back while it is held
         self.pool = ThreadPoolExecutor(AHEAD, "grok1-fetch")
         self.stopped = threading.Event()
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 0 if self.scratch is None else self.scratch_limit
+
+    def order_problems(self, needed: Sequence[Sequence[int]]) -> list[str]:
+        least = scratch_needed(needed, self.files)
+        if self.scratch is None or least <= self.scratch_limit:
+            return []
+        return [f"scratch: expected at least {least:,} bytes for shards of this size, found {self.scratch_limit:,}"]
 
     def scale_blocks(self) -> dict[int, int]:
         blocks = {index: blocks_of_size(self.entries[index], file.size) for index, file in self.files.items()}
@@ -174,12 +174,12 @@ class HubSource:
             self._pump()
 
     def _pump(self) -> None:
-        """Start the downloads that fit; called with the lock held."""
+        """Starts the downloads that fit; called with the lock held."""
         while self.queue:
             index = self.queue[0]
             size = self.files[index].size
             if self.scratch is not None:
-                if self.in_use + size > self.scratch_bytes:
+                if self.in_use + size > self.scratch_limit:
                     return
             elif sum(not future.done() for future in self.futures.values()) >= AHEAD:
                 return
@@ -199,7 +199,7 @@ class HubSource:
                 future = self.futures.get(index)
             if future is not None:
                 return future.result()
-            time.sleep(0.02)  # its turn comes when a shard that is being finished releases its files
+            time.sleep(0.02)  # it is fetched when a shard that is being finished releases its files
 
     def release(self, index: int) -> None:
         with self.lock:
@@ -211,14 +211,14 @@ class HubSource:
                 self._pump()
 
     def close(self, finished: bool) -> None:
-        """Stops fetching. What was fetched for a conversion that is not finished stays for the next run."""
+        """Stops fetching. If the conversion is not finished, fetched files stay for the next run."""
         self.stopped.set()
         self.pool.shutdown(cancel_futures=True)
         if finished and self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _fetch(self, index: int) -> TensorFile:
-        """Fetch, check and read the header of one file; a fault of the network or of the bytes is tried again."""
+        """Fetches and checks one file and reads its header. Retries after network errors and wrong bytes."""
         file, entry = self.files[index], self.entries[index]
         fault = ""
         for attempt in range(ATTEMPTS):
@@ -259,11 +259,7 @@ def checksum_problem(path: Path, file: RepoFile) -> str:
     size = path.stat().st_size
     if size != file.size:
         return f"{file.path}: expected {file.size} bytes, found {size}"
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = hash_file(path, hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size))
     return "" if found == expected else f"{file.path}: expected {kind} {expected}, found {found}"
 
 
@@ -289,60 +285,30 @@ def scratch_needed(needed: Sequence[Sequence[int]], files: dict[int, RepoFile]) 
     )
 
 
-def plan_hub(
-    uri: str,
-    out: Path,
-    *,
-    dtype: str,
-    layout: str,
-    config: str | os.PathLike[str] | None,
-    tokenizer: str | os.PathLike[str] | None,
-    no_tokenizer: bool,
-    max_shard_size: int | str,
-    group_size: int | None = None,
-    sink: Sink,
-    discard: bool,
-    scratch: int | str,
-) -> tuple[Plan, HubSource]:
-    """As `convert.plan_folder`, for a repository: nothing but its list of files, config and tokenizer is fetched.
+def find_on_hub(uri: str, out: Path, settings: Settings) -> Checkpoint:
+    """The checkpoint in a repository. Nothing but its list of files, config and tokenizer is fetched.
 
     Raises:
-        CheckpointError, ConversionError: with all problems at once.
+        ConversionError: there is no such repository, or no config. Other problems are in the result.
     """
-    checkpoint = look_up(uri)
-    problems = setting_problems(dtype, layout, max_shard_size, group_size)
-    scratch_bytes = parse_size(scratch)
-    if config is not None:
-        grok_config = read_config(Path(config))
-    elif "config.json" in checkpoint.files:
-        grok_config = read_config(checkpoint.download("config.json"))
+    found = look_up(uri)
+    if settings.config is not None:
+        config = read_config(Path(settings.config))
+    elif "config.json" in found.files:
+        config = read_config(found.download("config.json"))
     else:
-        grok_config = GrokConfig()
-    if tokenizer is None and not no_tokenizer and TOKENIZER_NAME in checkpoint.files:
-        tokenizer = checkpoint.download(TOKENIZER_NAME)
-    model_path, tokenizer_problems = resolve_tokenizer(
-        Path(checkpoint.repo), Path(checkpoint.repo), tokenizer, no_tokenizer, grok_config.vocab_size
-    )
-    problems += tokenizer_problems
-    entries = checkpoint_entries(grok_config)
-    files, source_problems = examine(checkpoint, entries)
-    if source_problems:
-        next_step = "If many sizes are wrong, the config is: see --config."
-        raise CheckpointError(f"{uri}: cannot be converted", source_problems + problems, next_step)
-    folder = out / SCRATCH_NAME if discard else None
-    source = HubSource(checkpoint, entries, files, folder, scratch_bytes)
-    if not problems:
-        plan, problems = make_plan(
-            *(source, out, grok_config, model_path, dtype, layout, parse_size(max_shard_size), sink),
-            scratch_bytes=scratch_bytes if discard else 0,
-            group_size=group_size,
-        )
-        problems += space_problems(plan)
-        needed = scratch_needed([source_files(shard) for shard in plan.shards], files)
-        if discard and needed > scratch_bytes:
-            problems.append(
-                f"scratch: expected at least {needed:,} bytes for shards of this size, found {scratch_bytes:,}"
-            )
-        if not problems:
-            return plan, source
-    raise ConversionError(f"{uri}: cannot be converted to {out}", problems)
+        config = GrokConfig()
+    tokenizer: Path | None = None
+    problems: list[str] = []
+    if not settings.no_tokenizer:
+        candidates = [Path(found.repo) / TOKENIZER_NAME]
+        if settings.tokenizer is None and TOKENIZER_NAME in found.files:
+            candidates = [found.download(TOKENIZER_NAME)]
+        tokenizer, problems = find_tokenizer(candidates, settings, config.vocab_size)
+    entries = checkpoint_entries(config)
+    files, file_problems = examine(found, entries)
+    scratch = out / SCRATCH_NAME if settings.discard_source else None
+    limit = 0 if settings.problems() else settings.scratch_bytes
+    source = HubSource(found, entries, files, scratch, limit)
+    next_step = "If many sizes are wrong, the config is: see --config."
+    return Checkpoint(uri, config, tokenizer, source, file_problems, problems, next_step)

@@ -1,4 +1,4 @@
-"""What lies in a folder of xAI's checkpoint, from headers alone, however little of it has been downloaded."""
+"""The contents of a folder of xAI's checkpoint, from headers alone; the download may be incomplete."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from grok1.errors import CheckpointError
 class KindSummary:
     """The files of one kind of tensor.
 
-    `readable` of `expected` are there and sound; `nbytes` counts all that are there. `shapes` are those of weight and
-    scales as stored, e.g. "int8 (8, 6144, 32768), scales (8, 1, 32768)".
+    `readable` of `expected` are present and valid; `nbytes` counts all that are present. `shapes` are those of weight
+    and scales as stored, e.g. "int8 (8, 6144, 32768), scales (8, 1, 32768)".
     """
 
     kind: str
@@ -44,12 +44,12 @@ class KindSummary:
 
 @dataclass
 class Inspection:
-    """What `inspect_checkpoint` found.
+    """The result of `inspect_checkpoint`.
 
     Args:
         folder: where the tensor files are.
         is_release: whether the shapes, or the sizes of finished files, are those of the released checkpoint.
-        layers: in the whole checkpoint; of the release 64, else as many as the highest file number asks for.
+        layers: in the whole checkpoint; 64 in the release, else what the highest file number implies.
         sizes: V, D, F, E, Q and KV (see `names`) as far as the tensors show them.
         kinds: a summary for each of the 14 kinds.
         missing: names of files that are not there.
@@ -87,7 +87,7 @@ class Inspection:
 
 
 def inspect_checkpoint(source: str | os.PathLike[str], release: Iterable[ReleaseFile] | None = None) -> Inspection:
-    """Reads the header of every file that is there; neither a config nor a whole download is needed.
+    """Reads the header of every file that is present; neither a config nor a complete download is needed.
 
     Args:
         source: the folder that holds the tensor files, or the one above its ckpt-0/ or ckpt/.

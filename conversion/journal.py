@@ -1,30 +1,33 @@
-"""The record of an unfinished conversion: one file in the output folder, which is its lock too.
+"""The record of an unfinished conversion, and the lock on its folder.
 
-It is written once, before the first shard, and says what would make another run's bytes differ: the settings and the
-source. What is done needs no record: a shard has its final name only when it is finished. The last act of a conversion
-removes the file, so that nothing in a finished folder tells when, where or in how many runs it was made.
+The record is written once, before the first shard, and holds what would make another run's bytes differ: the settings
+and the source. What is done needs no record: a shard has its final name only when it is finished. The last act of a
+conversion removes the record, so that nothing in a finished folder tells when, where or in how many runs it was made.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from grok1.errors import ConversionError
+from grok1.files import PARTIAL_SUFFIX, atomic_write, sync_folder
 
 
 JOURNAL_NAME = ".grok1-conversion.json"
-PARTIAL_SUFFIX = ".partial"
+LOCK_NAME = ".grok1-conversion.lock"
+OWN_NAMES = frozenset({JOURNAL_NAME, JOURNAL_NAME + PARTIAL_SUFFIX, LOCK_NAME})
 OTHER_PLACE = "Choose an empty folder, or repeat the command that began the conversion there."
 
 
 def output_problems(out: Path, record: dict[str, Any]) -> list[str]:
-    """Why a conversion with this record cannot go to `out`, one line each; none if it can begin there or go on.
+    """Why a conversion with this record cannot begin or resume in `out`, one line per problem.
 
     `record` is {"settings": {name: value}, "source": {file: identity}}, as JSON values.
     """
@@ -32,11 +35,9 @@ def output_problems(out: Path, record: dict[str, Any]) -> list[str]:
         return []
     if not out.is_dir():
         return [f"{out}: expected a folder or nothing, found a file"]
-    journal = out / JOURNAL_NAME
-    others = sorted(entry.name for entry in os.scandir(out) if entry.name != JOURNAL_NAME)
-    found = _read(journal)
+    others = sorted(entry.name for entry in os.scandir(out) if entry.name not in OWN_NAMES)
+    found = read_journal(out)
     if found is None:
-        # A journal without a readable record was cut off before the first shard: then nothing else is there.
         return [f"{out}: expected an empty folder or none, found {', '.join(others[:5])}"] if others else []
     return [
         *_differences(found.get("settings"), record["settings"], ""),
@@ -46,64 +47,61 @@ def output_problems(out: Path, record: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def claimed(out: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Makes `out` the folder of this conversion, alone, until the block ends; the journal goes if it ends well.
+    """Locks `out` for this conversion until the block ends. The record is removed if the block ends without an error.
 
     Raises:
         ConversionError: another process is converting to `out`, or what is there is not ours (`output_problems`).
-        OSError: the folder or the journal cannot be written.
+        OSError: the folder or the record cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     journal = out / JOURNAL_NAME
-    descriptor = _locked(journal)
-    try:
+    with locked(out):
         problems = output_problems(out, record)
         if problems:
-            if os.fstat(descriptor).st_size == 0:
-                journal.unlink()
             raise ConversionError(f"{out}: not a place for this conversion", problems, OTHER_PLACE)
-        if _read(journal) is None:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode(), 0)
-            os.fsync(descriptor)
-            sync_folder(out)
+        if read_journal(out) is None:
+            with atomic_write(journal) as file:
+                file.write((json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         yield
-        journal.unlink()
+        # In this order: a folder without a record is complete.
+        with suppress(PermissionError):  # Windows keeps open files; `locked` removes it there
+            (out / LOCK_NAME).unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
         sync_folder(out)
-    finally:
-        os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the lock on a folder. The lock file is removed where no unfinished conversion needs it.
+
+    Raises:
+        ConversionError: another process holds it.
+    """
+    lock = FileLock(out / LOCK_NAME, timeout=0, mode=0o644)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _locked(journal: Path) -> int:
-    while True:
-        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run before this one may have removed the file between our open and our lock.
-            if os.path.samestat(os.fstat(descriptor), journal.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConversionError(
-                f"{journal.parent}: another conversion is writing there",
-                next_step="Wait until it is done, or choose another folder.",
-            ) from None
-        os.close(descriptor)
-
-
-def _read(journal: Path) -> dict[str, Any] | None:
+        lock.acquire()
+    except Timeout:
+        raise ConversionError(
+            f"{out}: another conversion is writing there",
+            next_step="Wait until it is done, or choose another folder.",
+        ) from None
     try:
-        record = json.loads(journal.read_bytes())
+        yield
+    finally:
+        begun = (out / JOURNAL_NAME).exists()
+        if not begun and os.name != "nt":
+            # While it is held: after that it may be the lock of another process.
+            (out / LOCK_NAME).unlink(missing_ok=True)
+        lock.release()
+        if not begun and os.name == "nt":
+            with suppress(OSError):
+                (out / LOCK_NAME).unlink(missing_ok=True)
+
+
+def read_journal(out: Path) -> dict[str, Any] | None:
+    """The record in a folder, or None if there is none."""
+    try:
+        record = json.loads((out / JOURNAL_NAME).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) else None

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grok1.conversion.names import ITEMSIZE, Part
-from grok1.conversion.xai.checkpoint import NUMPY_DTYPE, RawArray, TensorFile
+from grok1.arrays import NUMPY_DTYPE, RawArray
+from grok1.conversion.names import Part
+from grok1.conversion.xai.checkpoint import TensorFile
 from grok1.errors import CheckpointError
+from grok1.files import ITEMSIZE
 
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+TORCH_DTYPE |= {"int32": torch.int32, "int64": torch.int64}
 
 # One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
 SLAB_BYTES = 200 * 2**20

@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from grok1.files import ITEMSIZE
+
 
 LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
 DTYPES = ("bfloat16", "float32", "int8", "int4")
 BITS = {"int8": 8, "int4": 4}  # the precisions that are packed (modeling_grok1/packing_grok1.py)
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1, "int32": 4, "int64": 8}
 
 
 class GrokSizes(Protocol):

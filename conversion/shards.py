@@ -1,29 +1,23 @@
 """The safetensors files of a folder, planned from sizes: no tensor is in memory to write one.
 
 A shard is byte for byte what `safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})` writes: eight
-bytes with the length of the header, the header as compact JSON padded with blanks to eight bytes, the tensors by dtype
+bytes with the length of the header, the header as compact JSON padded with spaces to eight bytes, the tensors by dtype
 and name. So every offset is known before the first byte, and blocks can be written in place from many threads.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from grok1.conversion.names import HubTensor
+from grok1.files import SAFETENSORS_NAME
 
 
-# The library's names, in its order inside a file.
-SAFETENSORS_DTYPE = {"int64": "I64", "float32": "F32", "int32": "I32", "bfloat16": "BF16", "int8": "I8"}
-DTYPE_ORDER = tuple(SAFETENSORS_DTYPE)
-INDEX_NAME = "model.safetensors.index.json"
-
-_UNITS = {"B": 1}
-for _power, _prefix in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
+# The order of the safetensors library inside a file.
+DTYPE_ORDER = ("int64", "float32", "int32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def make_shard(name: str, tensors: Iterable[HubTensor]) -> Shard:
     position = 0
     for tensor in ordered:
         described[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPE[tensor.dtype],
+            "dtype": SAFETENSORS_NAME[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],
         }
@@ -111,16 +105,3 @@ def index_text(shards: Iterable[Shard]) -> str:
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
     }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def parse_size(size: int | str) -> int:
-    """A number of bytes: 5000000000, "5GB" (powers of 1000) or "5GiB" (powers of 1024).
-
-    Raises:
-        ValueError: it is not a positive number of bytes.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-    unit = _UNITS.get(match[2].upper() or "B") if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"max_shard_size: expected a size such as 5GB, 800MB or 4GiB, found {size!r}")
-    return int(float(match[1]) * unit)

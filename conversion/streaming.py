@@ -25,10 +25,11 @@ from grok1.conversion.layout import (
     read_slab,
     slab_ranges,
 )
-from grok1.conversion.names import ITEMSIZE, HubTensor
+from grok1.conversion.names import HubTensor
 from grok1.conversion.packing import Packer
 from grok1.conversion.shards import Shard
 from grok1.conversion.xai.checkpoint import TensorFile
+from grok1.files import ITEMSIZE
 
 
 # Slabs in memory at once: one is worked on while the next one is read.

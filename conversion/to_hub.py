@@ -1,32 +1,31 @@
 """A repository on the Hugging Face hub as the sink of a conversion.
 
 Each shard is uploaded and committed when it is finished; config, code, index and card follow in one last commit. A
-repository without an index is not a model for any loader, so a half-uploaded one is never mistaken for a whole one.
+repository without an index is not a model for any loader, so an unfinished upload is never taken for a model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError
 
-from grok1.conversion.convert import Sink
-from grok1.conversion.from_hub import HASH_BLOCK, checksum_problem
-from grok1.conversion.journal import JOURNAL_NAME, PARTIAL_SUFFIX
-from grok1.conversion.shards import INDEX_NAME, Shard
+from grok1.conversion.from_hub import checksum_problem
+from grok1.conversion.journal import OWN_NAMES
+from grok1.conversion.ports import FolderSink
+from grok1.conversion.shards import Shard
 from grok1.errors import ConversionError
+from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, sha256_of, write_file
 
 
-PUSHED_NAME = f".pushed{PARTIAL_SUFFIX}"  # inside the output folder: what was uploaded, for the next run
+PUSHED_NAME = f".pushed{PARTIAL_SUFFIX}"  # inside the output folder: SHA-256 of what was uploaded
 
 
-class HubSink(Sink):
-    """`convert.Sink` that uploads.
+class HubSink(FolderSink):
+    """`ports.Sink` that uploads.
 
     Args:
         repo: owner/name; made if it does not exist.
@@ -34,7 +33,7 @@ class HubSink(Sink):
         discard: delete a shard here when the hub has it.
 
     Raises:
-        ConversionError: the repository cannot be made or read, or already holds a whole model.
+        ConversionError: the repository cannot be made or read, or already holds a complete model.
     """
 
     def __init__(self, repo: str, private: bool = False, discard: bool = False):
@@ -62,14 +61,11 @@ class HubSink(Sink):
 
     def shard_finished(self, path: Path) -> None:
         record = self._record(path.parent)
-        record[path.name] = _sha256(path)
+        record[path.name] = sha256_of(path)
         if not self._uploaded(path.name, path.parent):
             self._commit([path], f"Add {path.name}")
-        # Noted only now: what stands here is on the hub.
-        pushed = path.parent / PUSHED_NAME
-        partial = pushed.with_name(f"{PUSHED_NAME}.new")
-        partial.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, pushed)
+        # After the commit: what is recorded is on the hub.
+        write_file(path.parent / PUSHED_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
         self.remote = {item.path: item for item in self._list()}
         if self.discard:
             problem = checksum_problem(path, self.remote[path.name])
@@ -81,7 +77,7 @@ class HubSink(Sink):
         for path in sorted(out.glob("model-*.safetensors")):
             if not self._uploaded(path.name, out):  # an earlier run was cut off between writing and uploading it
                 self.shard_finished(path)
-        skip = {JOURNAL_NAME, PUSHED_NAME, *self._record(out)}
+        skip = {*OWN_NAMES, PUSHED_NAME, *self._record(out)}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
         self._commit(files, "Add config, code, tokenizer, index and card")
         (out / PUSHED_NAME).unlink(missing_ok=True)
@@ -111,11 +107,3 @@ class HubSink(Sink):
     def _record(out: Path) -> dict[str, str]:
         path = out / PUSHED_NAME
         return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

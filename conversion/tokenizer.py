@@ -1,27 +1,26 @@
 """xAI's tokenizer.model (SentencePiece BPE) to the files that Transformers reads, id for id.
 
-Naming `LlamaTokenizer` beside the model file does not do: its pipeline gives other ids wherever user-defined pieces
-(newlines, digits, tabs) occur. The pipeline is therefore written out in tokenizer.json:
+`LlamaTokenizer` beside the model file is not enough: its pipeline gives other ids wherever user-defined pieces
+(newlines, digits, tabs) occur. tokenizer.json therefore contains the whole pipeline:
 
-    added tokens    [PAD], [BOS], [EOS] and [UNK] in a text are the tokens, as chat templates and trainers write them
+    added tokens    [PAD], [BOS], [EOS] and [UNK] in a text are those tokens, as chat templates and trainers expect
     normalizer      spaces become "▁" (SentencePiece's escaping)
-    pre-tokenizer   "▁" in front of the text (SentencePiece's dummy prefix), but not of what follows an added token;
-                    user-defined pieces are cut out, the longest first: nothing merges with them
-    model           BPE with byte fallback; the merges are those whose result is a normal piece, best score first
+    pre-tokenizer   "▁" before the text (SentencePiece's dummy prefix), but not after an added token;
+                    user-defined pieces are split off, the longest first: nothing merges with them
+    model           BPE with byte fallback; the merges are those whose result is a normal piece, by descending score
     decoder         "▁" to spaces, byte pieces to characters, the dummy prefix dropped
 
 `split_special_tokens=True`, for `from_pretrained` or one call, reads the spelling of a special token as text. The ids
-are then SentencePiece's for every string. Without it they are for every string that has no such spelling.
+are then SentencePiece's for every string; without it, for every string that contains no such spelling.
 
-Dropping the dummy prefix makes `decode(encode(text)) == text`, as SentencePiece's decoding does. It cannot be right
-for tokens that continue a text: there the space in front belongs to the text. With `continuations=True` the decoder
+Dropping the dummy prefix makes `decode(encode(text)) == text`, as SentencePiece's decoding does. It is wrong
+for tokens that continue a text: there the leading space belongs to the text. With `continuations=True` the decoder
 keeps it, and `decode(a) + decode(b) == decode(a + b)`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -30,12 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grok1.errors import ConversionError
+from grok1.files import write_file
 
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+TOKENIZER_NAME = "tokenizer.model"
 SPACE = "\u2581"
 SPECIAL_IDS = {"pad_token": 0, "bos_token": 1, "eos_token": 2, "unk_token": 3}
 # Types of a piece in sentencepiece_model.proto.
@@ -45,7 +46,7 @@ MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 @dataclass(frozen=True)
 class Piece:
-    """One row of the vocabulary; its place in the file is its id."""
+    """One row of the vocabulary; its position in the file is its id."""
 
     text: str
     score: float = 0.0
@@ -54,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a tokenizer.model says of itself; the defaults are those of sentencepiece_model.proto."""
+    """The contents of a tokenizer.model; the defaults are those of sentencepiece_model.proto."""
 
     pieces: list[Piece]
     model_type: int = 1
@@ -146,7 +147,7 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 
 def check_supported(model: SentencePieceModel, vocab_size: int | None) -> list[str]:
-    """Everything about a model file that the pipeline of this module would get wrong, one line a problem."""
+    """Everything in a model file that the pipeline of this module cannot reproduce, one line per problem."""
     problems = []
     if model.model_type != 2:
         kind = MODEL_TYPES.get(model.model_type, model.model_type)
@@ -184,9 +185,9 @@ def check_supported(model: SentencePieceModel, vocab_size: int | None) -> list[s
 
 
 def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a normal piece, in the order in which SentencePiece would join them.
+    """All pairs of pieces whose union is a normal piece, in the order in which SentencePiece would merge them.
 
-    SentencePiece keeps no merges: it joins the neighbours whose union has the best score, whatever the two parts.
+    SentencePiece stores no merges: it joins the neighbours whose union has the best score, whatever the two parts.
     """
     mergeable = {piece.text for piece in model.pieces if piece.type == NORMAL}
     by_score = sorted((piece for piece in model.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
@@ -213,9 +214,9 @@ def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> T
     unk_token = model.pieces[SPECIAL_IDS["unk_token"]].text
     merges = bpe_merges(model)
 
-    # A segment that is itself a piece is taken whole (`ignore_merges`), for that is how user-defined pieces, which
-    # nothing merges to, get their ids. Two kinds of pieces must then not be met: normal ones that merging would not
-    # have made, and the spellings of special and byte pieces, which are plain text where they occur in text.
+    # A segment that is itself a piece becomes that piece (`ignore_merges`): user-defined pieces, which no merge makes,
+    # get their ids like that. Two kinds of pieces must then not occur: normal ones that merging would not have made,
+    # and the spellings of special and byte pieces, which are plain text where they occur in text.
     bpe = models.BPE(vocab, merges, unk_token=unk_token, byte_fallback=True, fuse_unk=False)
     unreachable = [text for text in model.texts(NORMAL) if [token.value for token in bpe.tokenize(text)] != [text]]
     if unreachable:
@@ -223,13 +224,13 @@ def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> T
         raise ConversionError(
             f"The tokenizer has {len(unreachable)} normal pieces that no sequence of merges makes: {shown}."
         )
-    # Spaces are "▁" by the time the pieces are looked for, in SentencePiece too: those with a space are never met.
+    # Spaces are "▁" before pieces are matched, in SentencePiece too: pieces with a space never occur.
     user_defined = sorted((text for text in model.texts(USER_DEFINED) if " " not in text), key=len, reverse=True)
     splits = ["|".join(map(re.escape, user_defined))] if user_defined else []
     spellings = []
     for text in model.texts(CONTROL, UNKNOWN, BYTE):
         if not any(piece in text for piece in user_defined):
-            # Cut where the segmentation has a boundary anyway, so that the parts come out as they would have.
+            # Split where the segmentation has a boundary anyway, so that the parts are the same.
             first = bpe.tokenize(text)[0].value if text[0] in vocab else text[0]
             spellings.append(rf"\A{re.escape(first)}(?={re.escape(text[len(first) :])}\z)")
     splits += ["|".join(spellings)] if spellings else []
@@ -237,8 +238,8 @@ def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> T
     bpe.ignore_merges = True
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # The first step puts a space in front of the text, and of nothing that follows an added token. It does not where
-    # a text begins with its replacement, which none does: the normalizer has left no space. The second makes it "▁".
+    # The first step adds a space before the text, but not after an added token. It would not do so if the text began
+    # with a space, but the normalizer has replaced all spaces. The second step makes it "▁".
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
@@ -261,10 +262,10 @@ def convert_tokenizer(
 
     Args:
         tokenizer_model: a SentencePiece BPE model with byte fallback, as xAI released it.
-        out: made where it does not exist; files of the three names are replaced.
+        out: created if it does not exist; files of the three names are replaced.
         vocab_size: rows of the model's embedding. A tokenizer with more pieces is refused.
-        continuations: write a decoder that is additive, for programs that decode a completion by itself. A whole text
-            then comes back with a space in front. Encoding is the same.
+        continuations: write a decoder that is additive, for programs that decode a completion separately. A whole text
+            is then decoded with a leading space. Encoding is the same.
 
     Raises:
         ConversionError: the file cannot be read or holds a tokenizer that these files could not reproduce id for id;
@@ -292,15 +293,10 @@ def convert_tokenizer(
         **{role: model.pieces[i].text for role, i in SPECIAL_IDS.items()},
     }
     files = {
-        "tokenizer.model": tokenizer_model.read_bytes(),
+        TOKENIZER_NAME: tokenizer_model.read_bytes(),
         "tokenizer.json": build_tokenizer(model, continuations).to_str().encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        unfinished = out / f".{name}.unfinished"
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, out / name)
+        write_file(out / name, content)

@@ -1,45 +1,41 @@
-"""A converted folder against its source: everything is derived again and compared byte for byte."""
+"""A converted folder against its source: everything is converted again and compared byte for byte."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from grok1.conversion.convert import (
-    TOKENIZER_NAME,
-    FolderSource,
-    Plan,
-    companion_files,
-    resolve_config,
-    resolve_tokenizer,
-    source_files,
-    written_config,
-)
+from grok1.conversion.companions import companion_files
+from grok1.conversion.inputs import beside, find_folder, find_tokenizer
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import BITS, DTYPES, ITEMSIZE, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
-from grok1.conversion.shards import INDEX_NAME, SAFETENSORS_DTYPE, Shard, make_shard
+from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, hub_tensors
+from grok1.conversion.plan import Plan, source_files, written_config
+from grok1.conversion.ports import Source
+from grok1.conversion.settings import Settings
+from grok1.conversion.shards import Shard, make_shard
 from grok1.conversion.streaming import BlockStream, available_cores
-from grok1.conversion.xai.checkpoint import examine_folder, resolve_folder
+from grok1.conversion.tokenizer import TOKENIZER_NAME
+from grok1.conversion.xai.checkpoint import resolve_folder
 from grok1.errors import CheckpointError, ConversionError
+from grok1.files import INDEX_NAME, ITEMSIZE, Progress, read_at, read_safetensors_header
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import GROUP_SIZES, bits_and_group_size
 
 
 TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json")
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-# A header of the release has 2115 tensors in 350 KB.
-MAX_HEADER_BYTES = 2**25
 
-Described = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor, as a header says them
+Described = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor
 
 
 def verify_output(
@@ -49,90 +45,80 @@ def verify_output(
     config: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Compares the folder `out` with what `convert` makes of `src`, in bounded memory.
 
     Compared are every shard with its header, the index, config, generation config, code, tokenizer files, card and
-    LICENSE. Files that the converter does not write are not looked at.
+    LICENSE. Files that the converter does not write are ignored.
 
     Args:
         out: a converted folder, of any dtype and layout.
-        src: the checkpoint it was made from.
-        config, tokenizer: as they were given to `convert`; looked for beside the checkpoint by default. A tokenizer
-            that is not there is taken from the folder.
-        jobs: worker threads; by default one a core.
+        src: the checkpoint that it was made from.
+        config, tokenizer: as they were given to `convert`; by default those beside the checkpoint. If there is no
+            tokenizer, the one in the folder is used.
+        jobs: worker threads; by default one per core.
         progress: called with (bytes compared, bytes in all), from any thread.
 
     Returns:
-        One line for each file or tensor that differs; none if the folder is right.
+        One line per file or tensor that differs; none if the folder is right.
 
     Raises:
-        CheckpointError: the source itself is not whole.
+        CheckpointError: the source itself is not complete.
     """
-    out, src = Path(out), Path(src)
-    folder = resolve_folder(src)
-    grok_config = resolve_config(src, folder, config)
-    files, source_problems = examine_folder(folder, checkpoint_entries(grok_config))
-    if source_problems:
-        raise CheckpointError(f"{src}: not whole, nothing can be compared with it", source_problems)
-    source = FolderSource(files)
+    out = Path(out)
+    settings = Settings(config=config, tokenizer=tokenizer)
+    checkpoint = find_folder(src, out, dataclasses.replace(settings, no_tokenizer=True))
+    if checkpoint.file_problems:
+        raise CheckpointError(f"{src}: not complete, nothing can be compared with it", checkpoint.file_problems)
     if not out.is_dir():
         return [f"{out}: expected a converted folder, found none"]
 
+    source = checkpoint.source
     held = _held_tensors(out)
     group_size = _group_size(out)
-    dtype, layout, tensors = _most_alike(grok_config, held, group_size)
+    dtype, layout, tensors = _most_alike(checkpoint.config, held, group_size)
     shards, problems = _expected_shards(out, held, tensors)
     if (out / JOURNAL_NAME).exists():
         problems.append(f"{JOURNAL_NAME}: expected a finished conversion, found an unfinished one")
-    model = None
-    if any((out / name).exists() for name in TOKENIZER_NAMES):
-        model, problem = resolve_tokenizer(src, folder, tokenizer, False, grok_config.vocab_size)
-        if model is None and tokenizer is None:
-            model = out / TOKENIZER_NAMES[0]
-        elif problem:
-            problems += problem
-    written = written_config(grok_config, dtype, group_size)
-    plan = Plan(out, dtype, layout, 0, written, model, shards, frozenset(), {})
+    model, tokenizer_problems = _tokenizer(out, src, settings, checkpoint.config)
+    problems += tokenizer_problems
+    written = written_config(checkpoint.config, dtype, group_size)
+    plan = Plan(out, dtype, layout, written, model, shards, frozenset(), {})
     if not shards:
         return problems
     problems += _companion_problems(plan)
     return problems + _compare(plan, source, jobs or available_cores(), progress)
 
 
+def _tokenizer(
+    out: Path, src: str | os.PathLike[str], settings: Settings, config: GrokConfig
+) -> tuple[Path | None, list[str]]:
+    """The tokenizer.model that the folder was made with, if it has a tokenizer, and what is wrong with it."""
+    if not any((out / name).exists() for name in TOKENIZER_NAMES):
+        return None, []
+    candidates = beside(Path(src), resolve_folder(src), TOKENIZER_NAME)
+    model, problems = find_tokenizer(candidates, settings, config.vocab_size)
+    if model is None and settings.tokenizer is None:
+        return out / TOKENIZER_NAME, []
+    return model, problems
+
+
 def _held_tensors(out: Path) -> dict[str, dict[str, Described]]:
-    """By shard the tensors that its header names, with dtype and shape; a header that cannot be read names none."""
-    held = {}
+    """The tensors of each shard with dtype and shape; none for a shard whose header does not describe it."""
+    held: dict[str, dict[str, Described]] = {}
     for path in sorted(out.iterdir()):
         if SHARD_NAME.fullmatch(path.name):
-            described = _header(path)
-            held[path.name] = {
-                name: (value["dtype"], tuple(value["shape"]))
-                for name, value in described.items()
-                if isinstance(value, dict) and isinstance(value.get("dtype"), str) and _is_shape(value.get("shape"))
-            }
+            try:
+                tensors = read_safetensors_header(path)
+            except (OSError, ValueError):
+                tensors = {}
+            held[path.name] = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     return held
 
 
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int for size in value)
-
-
-def _header(path: Path) -> dict[str, object]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            return {}
-        try:
-            described = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            return {}
-    return described if isinstance(described, dict) else {}
-
-
 def _group_size(out: Path) -> int:
-    """What config.json says, or the default where it does not."""
+    """The group size in config.json, or the default where it has none."""
     try:
         found = bits_and_group_size(json.loads((out / "config.json").read_bytes()).get("quantization_config"))
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -143,7 +129,7 @@ def _group_size(out: Path) -> int:
 def _most_alike(
     config: GrokConfig, held: Mapping[str, Mapping[str, Described]], group_size: int
 ) -> tuple[str, str, dict[str, HubTensor]]:
-    """The dtype and layout that most of the folder's tensors agree with: one damaged name or dtype misleads nobody."""
+    """The dtype and layout that most of the folder's tensors agree with, so that one damaged name does not matter."""
     found = {item for shard in held.values() for item in shard.items()}
     candidates = {
         (dtype, layout): hub_tensors(config, layout, dtype, group_size)
@@ -152,7 +138,7 @@ def _most_alike(
     }
 
     def agreement(settings: tuple[str, str]) -> int:
-        expected = {(t.name, (SAFETENSORS_DTYPE[t.dtype], t.shape)) for t in candidates[settings].values()}
+        expected = {(t.name, (t.dtype, t.shape)) for t in candidates[settings].values()}
         return len(found & expected) - len(found ^ expected)
 
     best = max(candidates, key=agreement)
@@ -164,7 +150,7 @@ def _expected_shards(
 ) -> tuple[list[Shard], list[str]]:
     """The shards as they must be, given which one holds which tensor, and what is wrong with those on the disk.
 
-    A header that is exactly what its names ask for is believed, for other shards the index is.
+    A header that is exactly the one of its tensors is trusted; for other shards the index is.
     """
     indexed = _index_map(out)
     counts = Counter(match[2] for name in {*held, *indexed.values()} if (match := SHARD_NAME.fullmatch(name)))
@@ -180,7 +166,7 @@ def _expected_shards(
     place = {tensor: place.get(tensor) or indexed.get(tensor, "") for tensor in tensors}
     problems = [f"{name}: expected {int(count)} shards, found one more" for name in sorted(held.keys() - set(names))]
     problems += [f"{tensor}: expected in a shard, found in none" for tensor in place if place[tensor] not in names]
-    # A tensor that is nowhere is missed in the last shard.
+    # A tensor that is nowhere is reported as missing in the last shard.
     place = {tensor: name if name in names else names[-1] for tensor, name in place.items()}
     shards = [make_shard(name, [tensors[t] for t in tensors if place[t] == name]) for name in names]
     for shard in shards:
@@ -209,7 +195,7 @@ def _starts_with(path: Path, header: bytes) -> bool:
 
 
 def _companion_problems(plan: Plan) -> list[str]:
-    """Writes the small files again, elsewhere, and compares."""
+    """Writes the small files again, to a temporary folder, and compares."""
     problems = []
     with tempfile.TemporaryDirectory(prefix="grok1-verify-") as name:
         try:
@@ -240,8 +226,8 @@ def _difference(expected: bytes, found: bytes) -> str:
     return f"expected {expected[at : at + 16]!r} at byte {at}, found {found[at : at + 16]!r}"
 
 
-def _compare(plan: Plan, source: FolderSource, jobs: int, progress: Callable[[int, int], None] | None) -> list[str]:
-    """Derives every tensor again and compares it with the folder's."""
+def _compare(plan: Plan, source: Source, jobs: int, progress: Progress | None) -> list[str]:
+    """Converts every tensor again and compares it with the folder's."""
     present = [shard for shard in plan.shards if (plan.out / shard.name).is_file()]
     total = sum(tensor.nbytes for shard in present for tensor in shard.tensors)
     lock = threading.Lock()
@@ -251,7 +237,7 @@ def _compare(plan: Plan, source: FolderSource, jobs: int, progress: Callable[[in
 
     def compare(shard: Shard, descriptor: int, tensor: HubTensor, position: int, expected: memoryview) -> None:
         nonlocal done
-        found = np.frombuffer(os.pread(descriptor, len(expected), position).ljust(len(expected), b"\0"), np.uint8)
+        found = np.frombuffer(read_at(descriptor, len(expected), position).ljust(len(expected), b"\0"), np.uint8)
         differing = np.flatnonzero(found != np.frombuffer(expected, np.uint8))
         with lock:
             done += len(expected)

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,25 +16,23 @@ from typing import Any
 from grok1.conversion.release import ReleaseFile, release_files
 from grok1.conversion.xai.checkpoint import foreign_entries, list_files, resolve_folder, surplus_files
 from grok1.errors import CheckpointError, ConversionError
+from grok1.files import FileState, Progress, sha256_of, write_file
 
 
 STATE_NAME = ".grok1-verify.json"
-BLOCK_BYTES = 4 * 2**20
-# At most so often the state is written: seconds of hashing that a kill can cost.
+# The state is written at most once in so many seconds: the hashing that a kill can cost.
 STATE_SECONDS = 1.0
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Verification:
-    """What `verify_source` found.
+    """The result of `verify_source`.
 
     Args:
         folder: where the tensor files are.
-        state: the file that remembers what was checked.
+        state: the file that records what was checked.
         right: how many files are as published, and `nbytes` their bytes.
-        remembered: how many of all were not read again: size and modification time are those of an earlier run.
+        remembered: how many of all were not read again, because an earlier run checked them and they are unchanged.
         missing: names of files that are not there.
         problems: everything else, one line each: expected and found.
     """
@@ -66,12 +64,13 @@ def verify_source(
 ) -> Verification:
     """Reads every file that has its published size and compares its SHA-256.
 
-    Interrupted, it goes on where it was: a file is not read again while its size and modification time are the same.
+    An interrupted run resumes: a file that was checked is not read again while its size and modification time are the
+    same.
 
     Args:
         source: the folder that holds the tensor files, or the one above its ckpt-0/ or ckpt/.
-        jobs: files read at once; by default one a core, at most 8.
-        state: where to remember what was checked; by default a hidden file in the folder, or one below
+        jobs: files read at once; by default one per core, at most 8.
+        state: where to record what was checked; by default a hidden file in the folder, or one below
             $XDG_CACHE_HOME (~/.cache) if the folder cannot be written.
         release: what was published; by default the table of the package.
         progress: called with (bytes checked, bytes in all), from any thread.
@@ -100,7 +99,7 @@ def verify_source(
         raise CheckpointError(
             f"{folder}: not the released checkpoint, or nothing of it is finished",
             [f"expected {len(published)} files of the published sizes, found none among {len(present)}"],
-            "Checksums were published for the release only. `grok1 inspect` looks at any checkpoint.",
+            "Checksums were published for the release only. `grok1 inspect` examines any checkpoint.",
         )
     memory = _Memory(folder, state)
     result = Verification(folder, memory.path, missing=missing, problems=problems)
@@ -125,7 +124,7 @@ class _Memory:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.save()
-        except OSError as error:
+        except (OSError, ConversionError) as error:
             raise ConversionError(
                 f"{self.path}: cannot be written", [str(error)], "Name another file with --state."
             ) from None
@@ -139,7 +138,7 @@ class _Memory:
         return cache / "grok1" / f"verify-{digest}.json"
 
     def get(self, name: str, size: int, mtime_ns: int) -> str | None:
-        """The checksum of a file, if it was read and is still the same."""
+        """The checksum of a file, if it was read before and is unchanged."""
         entry = self.files.get(name)
         return entry[2] if entry is not None and entry[:2] == [size, mtime_ns] else None
 
@@ -150,9 +149,7 @@ class _Memory:
                 self.save()
 
     def save(self) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps({"files": self.files}, indent=0) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_file(self.path, json.dumps({"files": self.files}, indent=0) + "\n")
         self.saved = time.monotonic()
 
 
@@ -167,7 +164,7 @@ class _Checker:
         self.stopped = threading.Event()
 
     def check(self, files: list[tuple[Path, ReleaseFile]], jobs: int | None, result: Verification) -> None:
-        """Adds what it finds to `result`. However it ends, what was checked is remembered."""
+        """Adds what it finds to `result`. However it ends, what was checked is recorded."""
         pool = ThreadPoolExecutor(jobs or min(8, os.cpu_count() or 1), "grok1-verify")
         try:
             futures = [pool.submit(self.check_file, path, file, result) for path, file in files]
@@ -175,7 +172,7 @@ class _Checker:
             for future in futures:
                 future.result()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("What was checked is remembered: run the same command again to go on.") from None
+            raise KeyboardInterrupt("What was checked is recorded: run the same command again to resume.") from None
         finally:
             self.stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -184,15 +181,16 @@ class _Checker:
     def check_file(self, path: Path, file: ReleaseFile, result: Verification) -> None:
         name = file.entry.file
         try:
-            before = path.stat()
-            sha256 = self.memory.get(name, before.st_size, before.st_mtime_ns)
+            before = FileState.of(path)
+            sha256 = self.memory.get(name, before.size, before.mtime_ns)
             remembered = sha256 is not None
             if sha256 is None:
                 sha256 = self.checksum(path)
-                after = path.stat()
-                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise CheckpointError(f"{name}: expected a file at rest, found one that changed meanwhile")
-                self.memory.put(name, before.st_size, before.st_mtime_ns, sha256)
+                if FileState.of(path) != before:
+                    raise CheckpointError(
+                        f"{name}: expected a file that does not change, found one that changed while it was read"
+                    )
+                self.memory.put(name, before.size, before.mtime_ns, sha256)
             else:
                 self.advance(file.size)
             problem = "" if sha256 == file.sha256 else f"{name}: expected SHA-256 {file.sha256}, found {sha256}"
@@ -207,15 +205,12 @@ class _Checker:
                 result.nbytes += file.size
 
     def checksum(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                if self.stopped.is_set():
-                    raise CheckpointError(f"{path.name}: not checked: interrupted")
-                digest.update(buffer[:count])
-                self.advance(count)
-        return digest.hexdigest()
+        def advance(count: int) -> None:
+            if self.stopped.is_set():
+                raise CheckpointError(f"{path.name}: not checked: interrupted")
+            self.advance(count)
+
+        return sha256_of(path, advance)
 
     def advance(self, count: int) -> None:
         with self.lock:

@@ -1,75 +1,28 @@
-"""The README.md of a converted folder: a template, filled with what the folder's own headers say.
+"""The README.md of a converted folder: a template, filled with what was measured in the folder.
 
-No weight is read, nothing is dated, and no sentence rests on where the folder came from: the same folder always gives
-the same card. What headers cannot tell (source checksums) is stated only where the caller hands it in as verified.
+Nothing is dated, and no sentence depends on where the folder came from: the same facts always give the same card.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol
 
-from grok1.conversion.hub_folder import read_hub_folder
-from grok1.conversion.names import HEAD_NAME, LAYOUTS, hub_tensors
-from grok1.conversion.release import release_files, release_sizes
-from grok1.errors import ConversionError
-from modeling_grok1.packing_grok1 import bits_and_group_size
+from grok1.files import write_file
 
 
 CARD_NAME = "README.md"
-# Tells a card from a README that somebody wrote by hand.
+# Distinguishes a card from a README that somebody wrote by hand.
 MARK = "<!-- Written by `grok1 card` from the files of this folder. -->"
 PICTURE = "routing.png"
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-)
-HEAD, SCALES = "Output head", "Scales of the quantised weights"
-# The kinds of conversion.names, as a reader of the card thinks of them.
-GROUPS = {
-    "Experts": ("moe_gate", "moe_up", "moe_down"),
-    "Attention": ("attn_q", "attn_k", "attn_v", "attn_o"),
-    "Router": ("router",),
-    "Norms": ("norm_final", "norm_pre_attn", "norm_post_attn", "norm_pre_moe", "norm_post_moe"),
-    "Embedding": ("embedding",),
-    HEAD: (HEAD_NAME,),
-    SCALES: ("scales",),
-}
 GIB = 1 << 30
 DEVICE = 80 * 10**9  # bytes; a tenth of it is left for activations and buffers
 
 
-class Tensor(Protocol):
-    """What the card needs of a tensor: dtype as torch spells it, shape, bytes on disk."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one sort: how many, their dtypes, elements, and bytes on disk."""
+    """Tensors under one heading: how many, their dtypes, elements, and bytes on disk."""
 
     name: str
     tensors: int
@@ -80,10 +33,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a precision takes in memory, in bytes: weights, and the cache of keys and values of one full context.
+    """Memory of one precision in bytes: weights, and the key/value cache of one full context.
 
     Args:
-        layers: decoder layers, which share out all of `weights` but `outside` (embedding and final norm) evenly.
+        layers: decoder layers, all of the same size.
+        outside: bytes of `weights` outside of the layers (embedding and final norm).
     """
 
     precision: str
@@ -94,7 +48,7 @@ class Memory:
 
     @property
     def devices(self) -> int | None:
-        """Devices of 80 GB that hold both, layers kept whole, a tenth left free; None where not one layer fits."""
+        """Devices of 80 GB that hold both, layers kept whole, a tenth left free; None if not even one layer fits."""
         layer = (self.weights - self.outside + self.cache) / self.layers
         most = int((0.9 * DEVICE - self.outside) // layer)
         return -(-self.layers // most) if most > 0 else None
@@ -106,7 +60,7 @@ class CardFacts:
 
     Args:
         parameters: elements of all weights; a tied head and the scales of quantised weights are not counted.
-        active_parameters: `parameters` less those of the experts that a token does not visit.
+        active_parameters: `parameters` less those of the experts that are not active for a token.
         expert_share: percentage of `parameters` that are experts'.
         precision: dtype of the expert weights.
         layout: hub, fused, hpcai or keyfan (conversion.names).
@@ -138,78 +92,8 @@ class CardFacts:
         return self.precision.startswith("int")
 
 
-def card_facts(
-    folder: Path, tensors: Mapping[str, Tensor] | None = None, shards: Sequence[int] | None = None
-) -> CardFacts:
-    """Measure a converted folder.
-
-    Args:
-        folder: with config.json and, as a rule, the weights.
-        tensors: every tensor as it was written, by name, where the shards themselves were sent off already; read from
-            the headers of the folder's shards where None.
-        shards: bytes of each shard; given with `tensors`.
-
-    Raises:
-        ConversionError: the folder is not whole, or is no Grok-1 in one of the layouts that the converter writes.
-    """
-    folder = Path(folder)
-    config = _config(folder)
-    sizes = _sizes(folder, config)
-    if tensors is None:
-        stored = read_hub_folder(folder)
-        tensors, shards = stored, [file.stat().st_size for file in {tensor.file for tensor in stored.values()}]
-    assert shards is not None
-    table = SimpleNamespace(**sizes)
-    packing = bits_and_group_size(config.get("quantization_config"))
-    layout, kind_of = _match(folder, table, tensors, packing)
-
-    members: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
-        members.setdefault(kind_of[name], []).append(tensor)
-    groups = []
-    for title, kinds in GROUPS.items():
-        group = [tensor for kind in kinds for tensor in members.get(kind, ())]
-        if group:
-            dtypes = tuple(sorted({_precision(tensor, packing) for tensor in group}))
-            elements, nbytes = sum(_elements(t, packing) for t in group), sum(t.nbytes for t in group)
-            groups.append(Group(title, len(group), dtypes, elements, nbytes))
-
-    tied = bool(config.get("tie_word_embeddings", True))
-    by_title = {group.name: group for group in groups}
-    uncounted = {SCALES, HEAD} if tied else {SCALES}
-    parameters = sum(group.elements for group in groups if group.name not in uncounted)
-    experts = by_title["Experts"].elements
-    idle = experts // sizes["num_experts"] * (sizes["num_experts"] - sizes["num_experts_per_tok"])
-    release = release_sizes()
-    return CardFacts(
-        sizes=sizes,
-        parameters=parameters,
-        active_parameters=parameters - idle,
-        expert_share=100 * experts / parameters,
-        precision=" and ".join(by_title["Experts"].dtypes),
-        layout=layout,
-        tied=tied,
-        is_release=all(getattr(release, key) == value for key, value in sizes.items()),
-        groups=tuple(groups),
-        shards=len(shards),
-        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        shard_bytes=sum(shards),
-        memory=_memory(table, parameters, experts + by_title["Attention"].elements),
-        transformers_version=config.get("transformers_version"),
-        tokenizer_pieces=_tokenizer_pieces(folder),
-        has_code=(folder / "modeling_grok1.py").is_file(),
-        has_picture=(folder / PICTURE).is_file(),
-    )
-
-
-def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) -> str:
-    """The card as text: YAML metadata, then Markdown.
-
-    Args:
-        facts: of the folder, from `card_facts`.
-        checksums: SHA-256 (lowercase hex) by name of every source file, only if the bytes that were converted were
-            checked against them; None says nothing about the source.
-    """
+def render_card(facts: CardFacts) -> str:
+    """The card of a folder as text: YAML metadata, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
     title = "Grok-1" if facts.is_release else f"A {_count(facts.parameters)}-parameter model of Grok-1's architecture"
@@ -228,7 +112,6 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
         title=title,
         facts=facts,
         picture=PICTURE,
-        source=_source(checksums),
         count=_count,
         size=_size,
         gib=GIB,
@@ -236,159 +119,16 @@ def render_card(facts: CardFacts, checksums: Mapping[str, str] | None = None) ->
     return str(card)
 
 
-def write_card(
-    folder: Path,
-    checksums: Mapping[str, str] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
-    shards: Sequence[int] | None = None,
-) -> Path:
-    """Write the card to README.md, whole or not at all. Arguments as in `card_facts` and `render_card`."""
+def write_card(folder: Path, facts: CardFacts) -> Path:
+    """Writes the card of a folder to its README.md, atomically; returns its path."""
     target = Path(folder) / CARD_NAME
-    text = render_card(card_facts(folder, tensors, shards), checksums)
-    temporary = target.with_name(f".{CARD_NAME}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(target)
+    write_file(target, render_card(facts))
     return target
 
 
 def is_card(file: Path) -> bool:
     """Whether a README is a card that `write_card` wrote, which may be replaced."""
     return MARK in file.read_text(encoding="utf-8", errors="replace")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
-            next_step="Make one with `grok1 convert CKPT OUT`.",
-        ) from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}.")
-    return config
-
-
-def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, int]:
-    config = dict(config)
-    for key, twin in {"num_experts": "num_local_experts", "intermediate_size": "moe_intermediate_size"}.items():
-        config.setdefault(key, config.get(twin))
-    if config.get("head_dim") is None and config.get("num_attention_heads"):
-        config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
-    problems = [
-        f"config.json: `{key}`: expected a positive integer, found {config.get(key)!r}"
-        for key in SIZES
-        if not (isinstance(config.get(key), int) and config[key] > 0)
-    ]
-    if problems:
-        raise ConversionError(f"{folder} is not a Grok-1:", problems, "A converted folder has all of these.")
-    return {key: config[key] for key in SIZES}
-
-
-def _precision(tensor: Tensor, packing: tuple[int, int] | None) -> str:
-    return f"int{packing[0]}" if packing and tensor.dtype == "int32" else tensor.dtype
-
-
-def _elements(tensor: Tensor, packing: tuple[int, int] | None) -> int:
-    """The weights that a tensor holds."""
-    return math.prod(tensor.shape) * (32 // packing[0] if packing and tensor.dtype == "int32" else 1)
-
-
-def _match(
-    folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor], packing: tuple[int, int] | None
-) -> tuple[str, dict[str, str]]:
-    """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
-    found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
-    attempts: dict[str, list[str]] = {}
-    for layout in LAYOUTS:
-        if packing is not None and layout != "hub":
-            continue
-        expected = hub_tensors(table, layout, *((f"int{packing[0]}", packing[1]) if packing else ("bfloat16",)))
-        expected.pop(HEAD_NAME, None)
-        wrong = [f"{name}: missing" for name in expected if name not in found]
-        wrong += [f"{name}: not a tensor of a Grok-1" for name in found if name not in expected]
-        wrong += [
-            f"{name}: expected shape {list(tensor.shape)}, found {list(found[name].shape)}"
-            for name, tensor in expected.items()
-            if name in found and tensor.shape != found[name].shape
-        ]
-        if not wrong:
-            kinds = {
-                name: tensor.parts[0].entry.kind.name if tensor.parts[0].field == "weight" else "scales"
-                for name, tensor in expected.items()
-            }
-            return layout, {**kinds, HEAD_NAME: HEAD_NAME}
-        attempts[layout] = wrong
-    nearest = min(attempts, key=lambda layout: len(attempts[layout]))
-    wrong = attempts[nearest]
-    raise ConversionError(
-        f"{folder}: its tensors are not those of a Grok-1 of the sizes in config.json ({nearest} layout):",
-        wrong[:20] + ([f"and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []),
-        "Cards are for folders written by `grok1 convert`, or by `save_pretrained` without bitsandbytes.",
-    )
-
-
-def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Memory, ...]:
-    """By arithmetic on the sizes; `quantised` counts the elements of attention and experts."""
-    layers, kv = table.num_hidden_layers, table.num_key_value_heads * table.head_dim
-    # Norms and routers are float32 in every precision.
-    float32 = layers * (4 + table.num_experts) * table.hidden_size + table.hidden_size
-    others = 2 * (parameters - quantised - float32) + 4 * float32
-    outputs = (table.num_attention_heads * table.head_dim + 2 * kv + table.hidden_size) + table.num_experts * (
-        2 * table.intermediate_size + table.hidden_size
-    )
-    matrices = layers * (4 + 3 * table.num_experts)
-    # A bfloat16 scale for each group of 128 inputs.
-    scales = 2 * quantised // 128
-    cache = 2 * layers * kv * table.max_position_embeddings * 2
-    outside = 2 * table.vocab_size * table.hidden_size + 4 * table.hidden_size
-    return (
-        Memory("float32", 4 * parameters, 2 * cache, layers, 4 * (table.vocab_size + 1) * table.hidden_size),
-        Memory("bfloat16", others + 2 * quantised, cache, layers, outside),
-        Memory("int8, xAI's own values", others + quantised + scales, cache, layers, outside),
-        Memory("int4, groups of 128", others + quantised // 2 + scales, cache, layers, outside),
-        # A float32 scale for each output row.
-        Memory("8 bit, bitsandbytes", others + quantised + 4 * layers * outputs, cache, layers, outside),
-        # Half a byte, a float32 scale for each block of 64, and a code of 16 float32 numbers for each matrix.
-        Memory(
-            "4 bit (nf4), bitsandbytes",
-            others + quantised // 2 + 4 * -(-quantised // 64) + 64 * matrices,
-            cache,
-            layers,
-            outside,
-        ),
-    )
-
-
-def _tokenizer_pieces(path: Path) -> int | None:
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        return len(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{file}: expected a tokenizer with `model.vocab`, found {type(error).__name__}: {error}.",
-            next_step="Write it again with `grok1 tokenizer TOKENIZER.MODEL FOLDER`.",
-        ) from error
-
-
-def _source(checksums: Mapping[str, str] | None) -> dict[str, object] | None:
-    """How many source files were verified, one digest over their list, and whether the list is the published one."""
-    if not checksums:
-        return None
-    import hashlib
-
-    listing = "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums))
-    published = {file.entry.file: file.sha256 for file in release_files()}
-    return {
-        "files": len(checksums),
-        "digest": hashlib.sha256(listing.encode()).hexdigest(),
-        "published": dict(checksums) == published,
-    }
 
 
 def _count(number: int) -> str:

@@ -1,4 +1,4 @@
-"""From a converted folder to a repository on the hub: check everything, then send, the card last."""
+"""From a converted folder to a repository on the hub: checks everything, then uploads, the card last."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from grok1.conversion.hub_folder import read_hub_folder
-from grok1.conversion.xai.checkpoint import RawArray
+from grok1.arrays import count_nonfinite
 from grok1.errors import ConversionError
+from grok1.files import Progress, StoredTensor, read_model_folder
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 # huggingface_hub keeps its upload and download notes here; it never sends them.
@@ -28,7 +31,7 @@ LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".
 HIDDEN = {".gitattributes", ".gitignore"}
 REQUIRED = ("config.json", "README.md", "LICENSE")
 BLOCK = 32 << 20
-# Run where the package cannot be found: what a stranger's machine does with the folder. Prints one line a problem.
+# What a machine without the package does with the folder. Prints one line per problem.
 CLEAN_LOAD = """
 import sys
 sys.modules["modeling_grok1"] = None
@@ -66,7 +69,7 @@ class Upload:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """Every file that is content, sorted; huggingface_hub's `.cache` is not."""
+    """Every file of the folder, sorted, without those in huggingface_hub's `.cache`."""
     return sorted(
         file
         for file in Path(folder).rglob("*")
@@ -75,7 +78,7 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def upload_plan(folder: Path) -> list[Upload]:
-    """What will be sent, in the order of the commits: weights, then all that makes them a model."""
+    """What will be sent, in the order of the commits: weights, then everything else."""
     uploads = [
         Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix == ".safetensors")
         for file in folder_files(folder)
@@ -83,22 +86,22 @@ def upload_plan(folder: Path) -> list[Upload]:
     return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
 
 
-def check_folder(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Everything that would make the folder useless or harmful on the hub, one line a problem; empty is fit to send.
+def check_folder(folder: Path, progress: Progress = lambda done, total: None) -> list[str]:
+    """Everything that would make the folder useless or harmful on the hub, one line per problem; none if it is fit.
 
-    Index against files and headers; no pickles, links, leftovers or hidden files; config, code and tokenizer in a
-    fresh process without this package; every number of every tensor read and finite (blocks of 32 MiB, a file a core).
+    Checked are: the index against files and headers; that there are no pickles, links, leftovers or hidden files;
+    config, code and tokenizer in a fresh process without this package; that every number of every tensor is finite
+    (read in blocks of 32 MiB, one file per thread).
 
     Args:
         folder: a converted folder.
         progress: called with (bytes of weights read, bytes in all) after each block, from any thread.
-
     """
     folder = Path(folder)
-    tensors: dict[str, RawArray] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
     try:
-        tensors = read_hub_folder(folder)
+        tensors = read_model_folder(folder)
     except ConversionError as error:
         problems += error.problems or [error.summary]
     else:
@@ -119,22 +122,22 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] = lambda don
 def push_folder(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Send a folder to the hub; returns the address of its last commit.
+    """Uploads a folder to the hub; returns the address of its last commit.
 
-    The weights go first, in commits of their own; then, in one last commit, the index, config, code and card: a
-    repository that has a card is whole. After a break the same call goes on: what is there already is not sent again.
+    The weights go first, in commits of their own; then index, config, code and card in one last commit, so that a
+    repository with a card is complete. Called again after an interruption, it resumes: what arrived is not sent again.
     The folder is not checked here (`check_folder`).
 
     Args:
         folder: a converted folder.
         repo_id: "USER/NAME".
         private: make the repository private; one that exists and is public is refused.
-        revision: branch to push to, made if it is not there; the main branch where None.
+        revision: branch to push to, created if it does not exist; the main branch where None.
         token: of the hub; the saved one (`hf auth login`, HF_TOKEN) where None.
 
     Raises:
         ConversionError: no token, a public repository where a private one was asked for, files that did not arrive, or
-            a hub that refused, broke down or could not be reached (huggingface_hub's error is the cause).
+            a hub that refused or could not be reached (huggingface_hub's error is the cause).
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HTTPError
@@ -149,33 +152,13 @@ def push_folder(
         )
     api = HfApi(token=token, library_name="modeling-grok1")
     try:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ConversionError(
-                f"{repo_id}: expected a private repository, found a public one.",
-                next_step="Take another name, or make it private in its settings on the hub.",
-            )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            allow_patterns=[WEIGHTS],
-            commit_message="Add the weights of Grok-1",
-        )
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            ignore_patterns=[WEIGHTS, f"{CACHE}/*"],
-            commit_message="Add index, config, tokenizer, code and model card",
-        )
+        _create(api, repo_id, private, revision)
+        address = _upload(api, folder, repo_id, revision)
         found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
         sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
     except (HTTPError, RuntimeError) as error:
         raise ConversionError(
-            f"The upload to {repo_id} broke off: {error.__cause__ or error}",
+            f"The upload to {repo_id} failed: {error.__cause__ or error}",
             next_step="Run the same command again: what has arrived is not sent again.",
         ) from error
     problems = [
@@ -185,8 +168,38 @@ def push_folder(
     ]
     if problems:
         raise ConversionError(
-            f"{repo_id} does not hold what was sent:", problems, "Push again: what is there is kept."
+            f"{repo_id} does not hold what was sent:", problems, "Push again: what has arrived is kept."
         )
+    return address
+
+
+def _create(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ConversionError(
+            f"{repo_id}: expected a private repository, found a public one.",
+            next_step="Take another name, or make it private in its settings on the hub.",
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str:
+    """Uploads the weights, then the rest; returns the address of the last commit."""
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        allow_patterns=[WEIGHTS],
+        commit_message="Add the weights of Grok-1",
+    )
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        ignore_patterns=[WEIGHTS, f"{CACHE}/*"],
+        commit_message="Add index, config, tokenizer, code and model card",
+    )
     return commit.commit_url
 
 
@@ -235,7 +248,7 @@ def _clean_load(folder: Path) -> list[str]:
     return problems
 
 
-def _not_finite(tensors: dict[str, RawArray], progress: Callable[[int, int], None]) -> list[str]:
+def _not_finite(tensors: dict[str, StoredTensor], progress: Progress) -> list[str]:
     by_file: dict[Path, list[str]] = {}
     done, total, lock = 0, sum(tensor.nbytes for tensor in tensors.values()), Lock()
     for name, tensor in tensors.items():
@@ -253,7 +266,7 @@ def _not_finite(tensors: dict[str, RawArray], progress: Callable[[int, int], Non
                     wanted = min(BLOCK, tensor.nbytes - begin)
                     block = stream.read(wanted)
                     missing += wanted - len(block)
-                    bad += count_not_finite(block, tensor.dtype)
+                    bad += count_nonfinite(block, tensor.dtype)
                     with lock:
                         done += len(block)
                         progress(done, total)
@@ -265,19 +278,3 @@ def _not_finite(tensors: dict[str, RawArray], progress: Callable[[int, int], Non
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return [problem for problems in pool.map(scan, sorted(by_file)) for problem in problems]
-
-
-def count_not_finite(data: bytes, dtype: str) -> int:
-    """NaN and infinite numbers among little-endian `data` of a dtype: those whose exponent bits are all set."""
-    if dtype not in EXPONENT:
-        return 0
-    unsigned, mask = EXPONENT[dtype]
-    width = np.dtype(unsigned).itemsize
-    bits = np.frombuffer(data[: len(data) // width * width], unsigned)
-    return int(np.count_nonzero((bits & mask) == mask))
-
-
-EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
-    "float32": (np.uint32, 0x7F800000),
-    "bfloat16": (np.uint16, 0x7F80),
-}

@@ -27,6 +27,7 @@ from .experts_grok1 import geglu, routed_sum
 from .packing_grok1 import unpack
 from .quantization_grok1 import INT4, INT8, Grok1Quantizer, quantization_method
 from .quantized_grok1 import form_for_device, quantised_matmul
+from .sizes_grok1 import parse_size
 
 
 CPU, DISK = "cpu", "disk"
@@ -34,29 +35,9 @@ CPU, DISK = "cpu", "disk"
 EXPERT_TENSOR = re.compile(r"layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(\w+)$")
 # https://github.com/huggingface/safetensors#format
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 READ_SIZE = 2**24
 
 Expert = dict[str, torch.Tensor]  # the tensors of one expert by their names within it, such as "w1.weight"
-
-
-def parse_size(size: int | str, option: str = "expert_cache") -> int:
-    """
-    A number of bytes: 40_000_000_000, "40GB" (powers of 1000) or "40GiB" (powers of 1024).
-
-    Args:
-        size: a positive number of bytes, or one with a unit.
-        option: what the error message names.
-
-    Raises:
-        ValueError: it is not a positive number of bytes.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"`{option}`: expected a size such as 5GB, 800MB or 4GiB, found {size!r}.")
-    return int(float(match[1]) * unit)
 
 
 class TensorLocation(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
-from grok1.conversion.names import ITEMSIZE
+from grok1.files import ITEMSIZE
 
 
 @dataclass(frozen=True)

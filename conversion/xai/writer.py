@@ -12,20 +12,15 @@ streamed into place. The opcodes, the memo and the frames follow CPython's C pic
 from __future__ import annotations
 
 import math
-import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from grok1.conversion.names import ITEMSIZE
+from grok1.files import ITEMSIZE, atomic_write
 
-
-PARTIAL_SUFFIX = ".partial"
 
 _FRAME_TARGET = 64 * 1024
 _FRAME_MINIMUM = 4
@@ -94,7 +89,7 @@ def write_tensor_file(
     weight: Iterable[np.ndarray],
     scales: Callable[[], np.ndarray] | None = None,
 ) -> None:
-    """Writes a tensor file under a temporary name and gives it its own when its bytes are on the disk.
+    """Writes a tensor file; it appears under its name when all of its bytes are on the disk.
 
     Args:
         path: the file's final name.
@@ -104,9 +99,9 @@ def write_tensor_file(
 
     Raises:
         ValueError: the pieces are not as many bytes as the frame asks for. No file is left.
-        OSError: the file cannot be written. No file is left.
+        ConversionError: the file cannot be written. No file is left.
     """
-    with _replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(frame.before)
         written = 0
         for piece in weight:
@@ -119,20 +114,6 @@ def write_tensor_file(
             if written != frame.scales_nbytes:
                 raise ValueError(f"{path.name}: expected {frame.scales_nbytes} bytes of scales, found {written}")
         file.write(frame.after)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 class _Pickler:

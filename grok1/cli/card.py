@@ -22,8 +22,9 @@ def card_command(
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
 ) -> None:
     """Write the model card (README.md) of a converted folder from its files."""
+    from grok1.conversion.facts import card_facts
     from grok1.errors import ConversionError
-    from grok1.model_card.card import CARD_NAME, card_facts, is_card, write_card
+    from grok1.model_card.card import CARD_NAME, is_card, write_card
 
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(card_facts(folder)), indent=2))
@@ -34,4 +35,5 @@ def card_command(
             f"{existing} was not written by this command.", next_step="`grok1 card --force` replaces it."
         )
     facts = card_facts(folder)
-    typer.echo(f"{write_card(folder)}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")
+    path = write_card(folder, facts)
+    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")

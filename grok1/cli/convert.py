@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,20 +69,25 @@ def convert_command(
     from grok1.cli.progress import byte_progress, duration
     from grok1.conversion.convert import convert
     from grok1.conversion.dry_run import forecast
+    from grok1.conversion.settings import Settings
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "layout": layout,
-        "config": config,
-        "tokenizer": tokenizer,
-        "no_tokenizer": no_tokenizer,
-        "max_shard_size": max_shard_size,
-        "group_size": group_size,
-        "jobs": jobs,
-    }
+    settings = Settings(
+        dtype=dtype,
+        layout=layout,
+        config=config,
+        tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
+        max_shard_size=max_shard_size,
+        group_size=group_size,
+        discard_source=discard_source,
+        scratch=scratch,
+        push_to=push_to,
+        private=private,
+        discard_output=discard_output,
+    )
     if dry_run:
-        found = forecast(source, out, **settings)
+        found = forecast(source, out, settings, jobs=jobs)
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=2))
         else:
@@ -90,11 +95,9 @@ def convert_command(
         return
 
     begin = time.perf_counter()
-    settings |= {"discard_source": discard_source, "scratch": scratch}
-    settings |= {"push_to": push_to, "private": private, "discard_output": discard_output}
     try:
         with byte_progress("Converting") as progress:
-            plan = convert(source, out, **settings, progress=progress)
+            plan = convert(source, out, settings, jobs=jobs, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished shards are kept in {out}: run the same command again to continue") from None
     seconds = time.perf_counter() - begin

@@ -66,17 +66,17 @@ def check_unfinished(out: Path, expected: dict[str, str]) -> None:
 
 
 def test_killed_at_any_change_of_the_disk(source, expected, children, tmp_path):
-    calls = children.run(src=source, out=tmp_path / "counted", **SETTINGS).result()["calls"]
+    calls = children.run(source=source, out=tmp_path / "counted", **SETTINGS).result()["calls"]
     assert calls > 60
     # The beginning and the end, where the journal comes and goes, call by call; what is between in steps.
     points = [*range(1, 8), *range(8, calls - 10, calls // 14), *range(calls - 10, calls + 1)]
     killed = 0
     for point in points:
         out = tmp_path / f"killed-{point}"
-        killed += children.start(die_at=point, src=source, out=out, **SETTINGS).wait() == -signal.SIGKILL
+        killed += children.start(die_at=point, source=source, out=out, **SETTINGS).wait() == -signal.SIGKILL
         check_unfinished(out, expected)
         if contents(out) != expected:
-            children.run(src=source, out=out, **SETTINGS)
+            children.run(source=source, out=out, **SETTINGS)
         assert contents(out) == expected, f"killed at call {point} of {calls}"
     # The number of calls varies by a few with the order of the threads.
     assert killed >= max(25, len(points) - 5)
@@ -86,7 +86,7 @@ def test_killed_at_random_moments_again_and_again(source, expected, children, tm
     moments, out = random.Random(0), tmp_path / "out"
     seconds, kills, begun = 1.0, 0, time.perf_counter()
     while kills < 20:
-        child = children.start(src=source, out=out, **SETTINGS)
+        child = children.start(source=source, out=out, **SETTINGS)
         time.sleep(moments.uniform(0, seconds))
         child.kill()
         if child.wait() == 0:
@@ -99,7 +99,7 @@ def test_killed_at_random_moments_again_and_again(source, expected, children, tm
             check_unfinished(out, expected)
         assert time.perf_counter() - begun < 300
     if contents(out) != expected:
-        children.run(src=source, out=out, **SETTINGS)
+        children.run(source=source, out=out, **SETTINGS)
     assert contents(out) == expected
 
 
@@ -139,11 +139,11 @@ def test_a_full_disk(source, expected, tmp_path, monkeypatch, writes):
 
 
 def test_a_limit_of_the_system_on_the_size_of_a_file(source, expected, children, tmp_path):
-    child = children.start(file_limit=20_000, src=source, out=tmp_path / "out", **SETTINGS)
+    child = children.start(file_limit=20_000, source=source, out=tmp_path / "out", **SETTINGS)
     assert child.wait() == 1
     assert "cannot be written" in child.result()["error"]
     check_unfinished(tmp_path / "out", expected)
-    children.run(src=source, out=tmp_path / "out", **SETTINGS)
+    children.run(source=source, out=tmp_path / "out", **SETTINGS)
     assert contents(tmp_path / "out") == expected
 
 

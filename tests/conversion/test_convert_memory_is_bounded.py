@@ -1,6 +1,7 @@
 """The converter's own memory (RssAnon, as the kernel counts it) does not grow with the tensors or the shards."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 # Says when the imports are done, so that the memory before the conversion is known.
 CHILD = """
 import sys
-import conftest
 from grok1.conversion import streaming
 from grok1.conversion.convert import convert
 source, out, streaming.SLAB_BYTES = *sys.argv[1:3], int(sys.argv[3])
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, config: GrokConfig) -> None:
 def growth(source: Path, out: Path, slab_bytes: int) -> tuple[int, int]:
     """Bytes of anonymous memory before the conversion, and the most during it."""
     command = [sys.executable, "-c", CHILD, str(source), str(out), str(slab_bytes)]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1] / "support"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "ready\n"
     before = peak = anonymous(child.pid)

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from xai_files import tensor_files
 
+from grok1.arrays import RawArray
 from grok1.conversion.convert import convert
 from grok1.conversion.export_xai import ExportReport, _File, _Writer, export_xai
 from grok1.conversion.names import checkpoint_entries, hub_tensors
 from grok1.conversion.release import release_files
-from grok1.conversion.xai.checkpoint import RawArray, read_tensor_file
+from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame
 from grok1.errors import ConversionError
 from modeling_grok1 import GrokConfig
@@ -70,10 +71,9 @@ def tensors(folder):
     return found
 
 
-@pytest.mark.parametrize("layout", ["hub", "fused"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_an_int8_folder_gives_back_every_byte(golden, converted, tmp_path, name, layout):
-    report = export_xai(converted(name, "int8", layout), tmp_path / "out")
+def test_an_int8_folder_gives_back_every_byte(golden, converted, tmp_path, name):
+    report = export_xai(converted(name, "int8"), tmp_path / "out")
     source = files(golden / name / "ckpt-0")
     assert files(report.folder) == source
     assert (report.files, report.exact, report.losses, report.widened) == (len(source), len(source), {}, [])
@@ -282,7 +282,10 @@ def test_an_expert_file_of_the_release_needs_little_memory(tmp_path, dtype):
     with stored.open("wb") as file:
         file.truncate(2 * inputs * outputs)
     weights = (RawArray(stored, dtype, (outputs, inputs), 0),) * experts
-    scales = (RawArray(stored, "bfloat16", (outputs, 8), 0),) * experts if dtype == "int8" else ()
+    scales, bits = (), None
+    if dtype == "int8":
+        weights = (RawArray(stored, "int32", (outputs, inputs // 4), 0),) * experts
+        scales, bits = (RawArray(stored, "bfloat16", (outputs, inputs // 128), 0),) * experts, 8
     frame = tensor_frame(published.entry.shape, published.scales_shape)
     before, largest, done = anonymous_memory(), 0, threading.Event()
 
@@ -294,7 +297,7 @@ def test_an_expert_file_of_the_release_needs_little_memory(tmp_path, dtype):
     watcher = threading.Thread(target=watch)
     watcher.start()
     with _Writer(4, ExportReport(tmp_path)) as writer:
-        writer.write(_File(published.entry, frame, weights, scales), tmp_path / published.entry.file)
+        writer.write(_File(published.entry, frame, weights, scales, bits), tmp_path / published.entry.file)
     done.set()
     watcher.join()
     assert (tmp_path / published.entry.file).stat().st_size == published.size

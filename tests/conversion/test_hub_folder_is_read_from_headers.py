@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grok1.conversion.hub_folder import read_hub_folder
+from grok1.arrays import folder_arrays
 from grok1.errors import ConversionError
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def refused(folder):
     with pytest.raises(ConversionError) as caught:
-        read_hub_folder(folder)
+        folder_arrays(folder)
     return str(caught.value)
 
 
@@ -43,7 +43,7 @@ def with_header(path, header, data=b""):
 
 
 def test_every_tensor_is_where_safetensors_finds_it(folder):
-    found = read_hub_folder(folder)
+    found = folder_arrays(folder)
     stored = load_file(folder / "one.safetensors") | load_file(folder / "two.safetensors")
     assert found.keys() == stored.keys()
     np.testing.assert_array_equal(found["a"].read(), stored["a"].numpy())
@@ -52,7 +52,7 @@ def test_every_tensor_is_where_safetensors_finds_it(folder):
     (folder / INDEX).unlink()
     assert "expected model.safetensors.index.json or model.safetensors" in refused(folder)
     (folder / "two.safetensors").rename(folder / "model.safetensors")
-    assert read_hub_folder(folder).keys() == {"c"}
+    assert folder_arrays(folder).keys() == {"c"}
 
 
 @pytest.mark.parametrize("name", ["../one.safetensors", "/etc/passwd", "..", "", "more/one.safetensors"])
@@ -95,7 +95,7 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(folder):
         (
             {"c": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}},
             bytes(2),
-            "one of BF16, F32, I8, found F16",
+            "one of BF16, F32, I32, I64, I8, found F16",
         ),
         ({"c": {"dtype": "I8", "shape": [3], "data_offsets": [0, 2]}}, bytes(2), "expected 3 bytes for c"),
         ({"c": {"dtype": "I8", "shape": [-1, -2], "data_offsets": [0, 2]}}, bytes(2), "shape and data_offsets of c"),

@@ -8,9 +8,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from xai_files import float_file, int8_file, unpickled
+from xai_files import float_file, int8_file, read_bytes, unpickled
 
-from grok1.conversion.xai.checkpoint import parse_tensor, read_tensor_file
+from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame
 from grok1.errors import CheckpointError
 
@@ -25,7 +25,7 @@ LONG = int8_file(np.zeros((64, 1100), np.int8), np.full((8, 1100), 0x3C02, np.ui
 
 def refusal(data: bytes) -> str:
     with pytest.raises(CheckpointError) as caught:
-        parse_tensor(data, NAME)
+        read_bytes(data, NAME)
     assert NAME in str(caught.value)
     assert len(caught.value.problems) == 1
     return str(caught.value)
@@ -33,7 +33,7 @@ def refusal(data: bytes) -> str:
 
 def test_the_files_that_are_damaged_below_are_sound():
     for data in (VECTOR, ROUTER, EXPERTS, MATRIX, LONG):
-        tensor = parse_tensor(data)
+        tensor = read_bytes(data)
         arrays = [tensor.weight] if tensor.scales is None else [tensor.weight, tensor.scales]
         assert [(a.dtype, a.shape, data[a.offset : a.offset + a.nbytes]) for a in arrays] == unpickled(data)
 
@@ -232,7 +232,7 @@ def test_of_thirty_thousand_mutations_each_is_refused_or_read_as_pickle_reads_it
         data = mutated(rng)
         begin = time.perf_counter()
         try:
-            tensor = parse_tensor(data, NAME)
+            tensor = read_bytes(data, NAME)
         except CheckpointError as error:
             assert NAME in str(error)
             assert len(str(error)) < 1500
@@ -254,7 +254,7 @@ def test_every_single_bit_flip_is_refused_or_read_as_pickle_reads_it():
             data = bytearray(base)
             data[bit // 8] ^= 1 << bit % 8
             try:
-                tensor = parse_tensor(bytes(data), NAME)
+                tensor = read_bytes(bytes(data), NAME)
             except CheckpointError:
                 continue
             arrays = [tensor.weight] if tensor.scales is None else [tensor.weight, tensor.scales]

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.offloading_grok1 import ExpertStore, parse_size, read_tensor
+from modeling_grok1.offloading_grok1 import ExpertStore, read_tensor
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
+from modeling_grok1.sizes_grok1 import parse_size
 
 
 EXPERTS, TOP_K = 8, 2

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from grok1.cli import app
 from grok1.conversion.convert import convert
+from grok1.conversion.facts import card_facts
 from grok1.conversion.names import BLOCK_KINDS, hub_tensors
 from grok1.conversion.release import release_sizes
-from grok1.model_card.card import card_facts
 
 
 ROOT = Path(__file__).resolve().parents[2]

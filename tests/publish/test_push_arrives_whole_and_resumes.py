@@ -14,7 +14,6 @@ from grok1.cli import app
 from grok1.conversion.convert import convert
 from grok1.errors import ConversionError
 from grok1.model_card import hub as hub_module
-from grok1.model_card.card import write_card
 from grok1.model_card.hub import push_folder, upload_plan
 
 
@@ -25,7 +24,6 @@ REPO = "user/grok-1-hf"
 def sound(golden, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("push") / "grok"
     convert(golden / "tiny-1", folder, no_tokenizer=True, max_shard_size="300kB")
-    write_card(folder)
     return folder
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 SERVER = """
 import json, os, signal, sys
-import conftest
 from grok1.conversion import convert, journal
 
 def die_at(count):
@@ -74,7 +73,7 @@ class Child:
 class Children:
     def __init__(self, folder: Path):
         self.report = folder / "report.json"
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

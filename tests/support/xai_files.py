@@ -2,11 +2,14 @@
 
 import io
 import pickle
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grok1.conversion.xai.checkpoint import TensorFile, read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame
 
 
@@ -76,6 +79,18 @@ def unpickled(data: bytes) -> list[tuple[str, tuple[int, ...], bytes]]:
         assert dtype.state[1] in "<|"
         result.append((names[dtype.code], shape, payload))
     return result
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="xai-files-")
+
+
+def read_bytes(data: bytes, name: str = "tensor00000_000") -> TensorFile:
+    """`read_tensor_file` of a file with this content."""
+    path = Path(_folder().name) / name
+    path.write_bytes(data)
+    return read_tensor_file(path)
 
 
 def tensor_files(folder: Path) -> list[Path]:

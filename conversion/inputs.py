@@ -1,0 +1,140 @@
+"""The checkpoint that a conversion begins with: its tensor files, config.json and tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grok1.conversion.names import checkpoint_entries
+from grok1.conversion.ports import FolderSource, Source
+from grok1.conversion.settings import Settings
+from grok1.conversion.tokenizer import TOKENIZER_NAME, check_supported, read_sentencepiece
+from grok1.conversion.xai.checkpoint import examine_folder, list_files, read_tensor_file, resolve_folder
+from grok1.errors import ConversionError
+from modeling_grok1.configuration_grok1 import GrokConfig
+
+
+TOKENIZER_HELP = (
+    "Fetch it from https://github.com/xai-org/grok-1/raw/main/tokenizer.model and put it beside the checkpoint, or "
+    "name it with --tokenizer; --no-tokenizer converts without one."
+)
+FETCH_AGAIN = "Fetch damaged or missing files again. If many shapes are wrong, the config is: see --config."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was looked at.
+
+    Args:
+        name: as the user gave it.
+        config: of the model.
+        tokenizer: tokenizer.model, or None to convert without.
+        source: its files.
+        file_problems: what is wrong with the tensor files, one line per problem.
+        problems: what else is wrong.
+        next_step: what to do about `file_problems`.
+    """
+
+    name: str
+    config: GrokConfig
+    tokenizer: Path | None
+    source: Source
+    file_problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    next_step: str = FETCH_AGAIN
+
+
+def find_folder(src: str | os.PathLike[str], out: Path, settings: Settings) -> Checkpoint:
+    """The checkpoint in a local folder.
+
+    Args:
+        src: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/.
+        out: where it will be converted to.
+
+    Raises:
+        CheckpointError, ConversionError: there is no checkpoint or no config. Other problems are in the result.
+    """
+    src = Path(src)
+    try:
+        folder = resolve_folder(src)
+        config = find_config(src, folder, settings.config)
+    except ConversionError as error:
+        raise type(error)(error.summary, error.problems + settings.problems(), error.next_step) from None
+    tokenizer: Path | None = None
+    problems: list[str] = []
+    if not settings.no_tokenizer:
+        tokenizer, problems = find_tokenizer(beside(src, folder, TOKENIZER_NAME), settings, config.vocab_size)
+    files, file_problems = examine_folder(folder, checkpoint_entries(config))
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        problems.append(f"{out}: expected a folder outside the checkpoint, found one in {folder}")
+    return Checkpoint(str(src), config, tokenizer, FolderSource(files), file_problems, problems)
+
+
+def find_config(src: Path, folder: Path, given: str | os.PathLike[str] | None = None) -> GrokConfig:
+    """The config of a checkpoint: `given`, else config.json in `src` or its parent, else the release's if it fits.
+
+    Args:
+        src: as the user gave it.
+        folder: the folder with the tensor files.
+
+    Raises:
+        ConversionError: the file is not a Grok-1's config, or there is none and the checkpoint is not the release.
+    """
+    candidates = [Path(given)] if given else beside(src, folder, "config.json")
+    for path in candidates:
+        if given or path.is_file():
+            return read_config(path)
+    release = GrokConfig()
+    embedding = folder / "tensor00000_000"
+    expected = (release.vocab_size, release.hidden_size)
+    found = f"no {embedding.name}"
+    if embedding.exists():
+        found = f"{read_tensor_file(embedding).weight.shape}"
+        if found == str(expected):
+            return release
+    raise ConversionError(
+        f"{src}: no config.json, and not the released checkpoint",
+        [
+            f"config.json: expected one of {', '.join(map(str, candidates))}, found none",
+            f"embedding: expected {expected} as in the release, found {found} among {len(list_files(folder))} files",
+        ],
+        "Name the config of this checkpoint with --config FILE.",
+    )
+
+
+def beside(src: Path, folder: Path, name: str) -> list[Path]:
+    """Where a file that accompanies the checkpoint is looked for, in order."""
+    return list(dict.fromkeys(place / name for place in (src, folder, src.absolute().parent)))
+
+
+def read_config(path: Path) -> GrokConfig:
+    """The config in a file. Raises ConversionError if it is not that of a Grok-1."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+        model_type = values.get("model_type", GrokConfig.model_type)
+        if model_type != GrokConfig.model_type:
+            raise ValueError(f"model_type: expected {GrokConfig.model_type!r}, found {model_type!r}")
+        for key in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
+            values.pop(key, None)
+        return GrokConfig(**values)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConversionError(f"{path}: not the config of a Grok-1", [f"{path.name}: {error}"]) from None
+
+
+def find_tokenizer(candidates: list[Path], settings: Settings, vocab_size: int) -> tuple[Path | None, list[str]]:
+    """tokenizer.model: the one in the settings, else the first candidate that exists; and what is wrong with it."""
+    if settings.tokenizer is not None:
+        candidates = [Path(settings.tokenizer)]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        where = ", ".join(map(str, candidates))
+        return None, [f"{TOKENIZER_NAME}: expected {where}, found none. {TOKENIZER_HELP}"]
+    try:
+        problems = check_supported(read_sentencepiece(path), vocab_size)
+    except ConversionError as error:
+        problems = error.problems or [error.summary]
+    return path, [f"{path}: {problem}" for problem in problems]
