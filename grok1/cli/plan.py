@@ -14,7 +14,7 @@ EXAMPLES = """
 grok1 plan --gpus 8xH100
 grok1 plan --gpus 8x80GB --precision int8
 grok1 plan --gpus 1xRTX4090 --precision int8 --host-memory 512GB --disk 7
-grok1 plan --gpus 2x8xH100 --context 8192 --batch 4 grok-1
+grok1 plan grok-1-hf --gpus 2x8xH100 --context 8192 --batch 4
 grok1 plan --mac 512
 grok1 plan --mac 2x256
 """
@@ -22,8 +22,8 @@ grok1 plan --mac 2x256
 
 def plan_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted folder, or a preset: grok-1 (the release) or demo.")
-    ] = "grok-1",
+        str | None, typer.Argument(metavar="MODEL", help="A converted folder, or a preset (demo). Default: the release.")
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option(metavar="GPUS", help="8xH100, 8x80GB as sold, 4x24GiB exactly, 2x8xH100 for two machines."),

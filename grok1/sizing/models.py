@@ -43,19 +43,24 @@ class Model:
         return "grok-1-hf" if wanted in floats else f"grok-1-{wanted}"
 
 
-def find_model(name: str) -> Model:
-    """The folder `name`, or else the preset of that name. Raises ValueError where there is neither."""
+def find_model(name: str | None) -> Model:
+    """The folder `name`, or else the preset of that name; None: the release.
+
+    Raises:
+        ValueError: there is neither.
+    """
     from grok1.configuration import load_preset, preset_names
     from modeling_grok1 import GrokConfig
 
+    if name is None:
+        return Model("the released Grok-1", load_preset(RELEASE), None, None)
     folder = Path(name)
     if (folder / "config.json").is_file():
         config = GrokConfig.from_pretrained(folder)
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
         return Model(str(folder), config, folder, stored_precision(folder) or dtype)
     if name in preset_names():
-        title = "the released Grok-1" if name == RELEASE else f"the preset {name}"
-        return Model(title, load_preset(name), None, None)
+        return Model(f"the preset {name}", load_preset(name), None, None)
     raise ValueError(
         f"{name}: expected a converted folder with config.json, or a preset ({', '.join(preset_names())}), "
         "found neither."
