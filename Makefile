@@ -67,19 +67,19 @@ interop: $(VENV)/.installed  ## llama.cpp on the demo's folder (builds llama-cpp
 
 # mlx-lm in an environment of its own, without torch; the folders that its tests read are written in the main one.
 MLX = .cache/mlx
-$(MLX)/.installed: tests/mlx/requirements.txt
+$(MLX)/.installed: tests/engines/mlx/requirements.txt
 	$(PYTHON) -m venv $(MLX)
-	$(MLX)/bin/python -m pip install --quiet --requirement tests/mlx/requirements.txt
+	$(MLX)/bin/python -m pip install --quiet --requirement tests/engines/mlx/requirements.txt
 	@touch $@
 
 .PHONY: test-mlx
 test-mlx: $(VENV)/.installed $(MLX)/.installed  ## mlx-lm on converted and packed folders (MLX's CPU build)
-	$(BIN)/python tests/mlx/folders.py $(MLX)/folders
-	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/mlx tests/mlx
+	$(BIN)/python tests/engines/mlx/folders.py $(MLX)/folders
+	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/engines/mlx tests/engines/mlx
 
 test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## the plugin in vLLM's CPU build (an environment of its own: 3.5 GB, once)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/prepare.py .cache/vllm-data
-	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python tests/engines/vllm/prepare.py .cache/vllm-data
+	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 tests/engines/vllm
 
 # With torch built for the CPU, torchvision from PyPI does not load, and then Transformers does not either; nothing of it
 # is needed to serve text.

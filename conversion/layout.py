@@ -23,6 +23,7 @@ from grok1.files import ITEMSIZE
 
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+TORCH_DTYPE |= {"int32": torch.int32, "int64": torch.int64}
 
 # One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
 SLAB_BYTES = 200 * 2**20

@@ -26,6 +26,11 @@ def int8_bytes(name: str, rows: int, columns: int) -> int:
     return rows * columns + 2 * rows * INT8_SCALE_BLOCKS.get(name.split(".")[-2], 1)
 
 
+def int4_bytes(name: str, rows: int, columns: int) -> int:
+    """Half a byte per weight, one bfloat16 scale per row and group of 128 inputs (W4A16, `pack-quantized`)."""
+    return math.ceil(rows * columns / 2) + 2 * rows * math.ceil(columns / 128)
+
+
 def bnb_int8_bytes(name: str, rows: int, columns: int) -> int:
     """LLM.int8(): one byte per weight, one float32 scale per row (bitsandbytes `Linear8bitLt`)."""
     return rows * columns + 4 * rows
@@ -81,6 +86,7 @@ class Precision:
             is given, that folder needs no quantization config.
         sharded: tensor and expert parallelism can split the matrices.
         offloaded: the experts can stay in host memory or on disk (`experts_on`).
+        engines: vLLM reads the folder.
         dequantizes: a matrix is expanded to `dtype` before its product, which takes that much memory more.
     """
 
@@ -92,6 +98,7 @@ class Precision:
     converted: str = "bfloat16"
     sharded: bool = True
     offloaded: bool = True
+    engines: bool = True
     dequantizes: bool = False
 
     @property
@@ -107,11 +114,19 @@ def _bnb(name: str, title: str, matrix_bytes: MatrixBytes, **options: Any) -> Pr
         options["bnb_4bit_compute_dtype"] = "bfloat16"
     config = ConfigCall("transformers", "BitsAndBytesConfig", options)
     return Precision(
-        name, title, "bfloat16", matrix_bytes, config, sharded=False, offloaded=False, dequantizes=four_bits
+        name,
+        title,
+        matrix_bytes=matrix_bytes,
+        quantization=config,
+        sharded=False,
+        offloaded=False,
+        engines=False,
+        dequantizes=four_bits,
     )
 
 
 _INT8 = ConfigCall("modeling_grok1", "Grok1Int8Config")
+_INT4 = ConfigCall("modeling_grok1", "Grok1Int4Config")
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
 _DOUBLE = {"bnb_4bit_use_double_quant": True}
@@ -122,6 +137,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("float32", "float32", dtype="float32", converted="float32"),
         Precision("bfloat16", "bfloat16"),
         Precision("int8", "int8, xAI's values", matrix_bytes=int8_bytes, quantization=_INT8, converted="int8"),
+        Precision("int4", "int4, groups of 128", matrix_bytes=int4_bytes, quantization=_INT4, converted="int4"),
         _bnb("int8-bnb", "int8, bitsandbytes", bnb_int8_bytes, load_in_8bit=True),
         _bnb("nf4", "nf4", bnb_4bit_bytes, **_NF4),
         _bnb("nf4-double", "nf4, double quantisation", bnb_4bit_double_bytes, **_NF4, **_DOUBLE),
@@ -133,7 +149,8 @@ PRECISIONS: dict[str, Precision] = {
 RENAMED = {
     "bf16": "bfloat16",
     "fp32": "float32",
-    "grok1_int8": "int8",
+    "w8a16": "int8",
+    "w4a16": "int4",
     "bnb-8bit": "int8-bnb",
     "bnb-4bit": "nf4",
 }
@@ -167,12 +184,10 @@ def loading_options(folder: str | Path, precision: str = AUTO) -> dict[str, Any]
     options: dict[str, Any] = {"dtype": wanted.dtype}
     if wanted.quantization is None:
         return options
-    config = wanted.quantization.build()
-    stored = stored_method(folder)
-    method = str(getattr(config.quant_method, "value", config.quant_method))
-    if stored is None:
-        options["quantization_config"] = config
-    elif stored != method:
+    stored = stored_precision(folder)
+    if stored is None or (stored, precision) == ("int8", "int4"):
+        options["quantization_config"] = wanted.quantization.build()
+    elif stored != precision:
         raise ValueError(
             f"`precision`: {folder} is stored as {stored}, which cannot be quantised again to {precision}: "
             "expected a bfloat16 or float32 folder."
@@ -180,10 +195,23 @@ def loading_options(folder: str | Path, precision: str = AUTO) -> dict[str, Any]
     return options
 
 
-def stored_method(folder: str | Path) -> str | None:
-    """`quant_method` in the config.json of a folder; None where it is not quantised or not there."""
+def stored_precision(folder: str | Path) -> str | None:
+    """The quantised precision that a folder's config.json declares; None where it is not quantised, or not there.
+
+    A key of `PRECISIONS` where it is one of them, else the `quant_method`.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
     config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    return None if config is None else str(config.get("quant_method"))
+    if config is None:
+        return None
+    method = str(config.get("quant_method"))
+    if method == "compressed-tensors":
+        bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
+        return f"int{bits.pop()}" if len(bits) == 1 else method
+    if method == "bitsandbytes":
+        if config.get("load_in_8bit"):
+            return "int8-bnb"
+        return f"{config['bnb_4bit_quant_type']}{'-double' if config.get('bnb_4bit_use_double_quant') else ''}"
+    return {"grok1_int8": "int8", "grok1_int4": "int4"}.get(method, method)

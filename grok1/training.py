@@ -44,8 +44,9 @@ class Grok1Trainer(Trainer):
     `router_aux_loss_coef`: `num_experts_per_tok` (2) where every expert is chosen equally often. `loss` contains it
     with that weight, also with label smoothing.
 
-    A loss is divided by the number of targets of all batches of a step, which do not count tokens after padding on the
-    left.
+    Training computes no logits where nothing reads them, but the loss of some rows at a time: 131,072 numbers a token
+    are not kept. A loss is divided by the number of targets of all batches of a step, which do not count tokens after
+    padding on the left.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -61,6 +62,9 @@ class Grok1Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        reads_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        if model.training and not reads_logits and self._loss_shifts_labels:
+            inputs = {**inputs, "skip_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         aux_loss = outputs.get("aux_loss")
         if model.training and aux_loss is not None:

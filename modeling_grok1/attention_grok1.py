@@ -72,7 +72,8 @@ class Pieces(torch.autograd.Function):
         ctx.attention, ctx.pieces = attention, pieces
         ctx.save_for_backward(query, key, value)
         device = query.device.type
-        ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        if torch.amp.is_autocast_available(device):  # the meta device, on which memory is measured, has none
+            ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         outputs = [
             attention(query[:, :, piece], key[:, :, :visible], value[:, :, :visible], mask)[0]
             for piece, visible, mask in pieces
@@ -140,7 +141,9 @@ def causal_mask(
     positions that begin again separate packed texts, also where an empty cache is to be filled."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
-    if attention_mask is None and type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0:
+    values_are_known = not inputs_embeds.is_meta and not torch.compiler.is_compiling()
+    empty = type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0
+    if attention_mask is None and values_are_known and empty:
         past_key_values = None  # Transformers looks for packed texts only where there is no cache
     return create_causal_mask(
         config=config,

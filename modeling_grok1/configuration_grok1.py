@@ -3,6 +3,8 @@
 
 import math
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -14,6 +16,10 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# What is done with a config that is read from a file. A model sets it while it loads: `from_pretrained` has no other
+# place between reading the config and choosing a quantizer for it.
+PREPARE_CONFIG: ContextVar[Callable[[Any], Any]] = ContextVar("prepare_config", default=lambda config: config)
 
 # Where the classes lie in a folder on the hub, for `trust_remote_code=True`.
 AUTO_MAP = {
@@ -254,11 +260,7 @@ class GrokConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """
-        As in Transformers, but overrides replace the file's values, in every spelling, before any validation.
-        `prepare_config`, a function of the config, is how models change it after it is read.
-        """
-        prepare_config = kwargs.pop("prepare_config", None)
+        """As in Transformers, but overrides replace the file's values, in every spelling, before any validation."""
         keys = (*cls.__annotations__, *cls.attribute_map, *ROPE_KEYS)
         overrides = {key: kwargs.pop(key) for key in keys if key in kwargs}
         rope = {key: overrides[key] for key in ROPE_KEYS if key in overrides}
@@ -280,8 +282,7 @@ class GrokConfig(PreTrainedConfig):
         if rope and "rope_parameters" not in overrides:
             overrides["rope_parameters"] = {**(config_dict.get("rope_parameters") or {}), **rope}
         result = super().from_dict({**config_dict, **overrides}, **kwargs)
-        if prepare_config is None:
-            return result
+        prepare_config = PREPARE_CONFIG.get()
         return (prepare_config(result[0]), *result[1:]) if isinstance(result, tuple) else prepare_config(result)
 
     def to_dict(self) -> dict[str, Any]:

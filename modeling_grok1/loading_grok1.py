@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from .configuration_grok1 import GrokConfig
+from .configuration_grok1 import PREPARE_CONFIG, GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
 from .pipeline_grok1 import register_text_generation
@@ -459,12 +459,14 @@ class Grok1LoadingMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in Transformers. Folders in the format of compressed-tensors are read without that library."""
-        requested = kwargs.get("quantization_config")
+        prepare = partial(own_config, requested=kwargs.get("quantization_config"))
         if isinstance(config, PreTrainedConfig):
-            config = own_config(config, requested)
-        else:  # a config that Transformers reads passes `GrokConfig.from_dict`
-            kwargs["prepare_config"] = partial(own_config, requested=requested)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)  # type: ignore[misc]
+            config = prepare(config)
+        token = PREPARE_CONFIG.set(prepare)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)  # type: ignore[misc]
+        finally:
+            PREPARE_CONFIG.reset(token)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):

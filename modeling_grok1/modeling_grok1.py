@@ -21,7 +21,6 @@ from .versions_grok1 import CACHE, cache_argument, check_arguments, check_transf
 check_transformers()  # before the imports that need the version
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -336,12 +335,9 @@ class Grok1PreTrainedModel(Grok1LoadingMixin, PreTrainedModel):
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             return  # int8 weights come from a checkpoint only
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Grok1Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Grok1TopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, Grok1Experts | Grok1TopKRouter):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class Grok1Model(Grok1PreTrainedModel):
@@ -412,10 +408,13 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
     def __init__(self, config: GrokConfig, **options):
         super().__init__(config, **options)
         self.model = Grok1Model(self.config, **options)
-        self.vocab_size = config.vocab_size
         self.lm_head = Grok1Head(config.hidden_size, config.vocab_size, bias=False)
         self.output_multiplier = rounded_by_dtype(config.output_multiplier_scale)
         self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        return logits * self.output_multiplier[logits.dtype]
 
     @can_return_tuple
     def forward(
@@ -430,6 +429,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -438,7 +438,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             output_router_logits: gives `router_logits` (N E per layer) and `aux_loss`, the load-balancing loss, which
                 `loss` contains with the weight `router_aux_loss_coef`.
             logits_to_keep: compute the logits of this number of last positions (0: all), or of the given positions.
-            cache: the same as `past_key_values`.
+            skip_logits: with labels, compute the loss a few rows at a time, and no `logits`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -453,11 +453,12 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        logits = logits * self.output_multiplier[logits.dtype]
-
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits and labels is not None else self.compute_logits(hidden_states)
         router_logits = outputs.router_logits if output_router_logits else None
-        loss, aux_loss = causal_lm_losses(self, logits, labels, router_logits, attention_mask, position_ids, **kwargs)
+        loss, aux_loss = causal_lm_losses(
+            self, hidden_states, logits, labels, router_logits, attention_mask, position_ids, **kwargs
+        )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -468,12 +469,10 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             **cache_argument(outputs.get(CACHE)),
         )
 
-    @contextmanager
     def _optimize_model_for_decode(self):
         # Transformers would switch to `batched_mm`, which copies the chosen experts for every token: 2.4 GB per token
         # and layer at the released size.
-        with fast_decoding(self):
-            yield
+        return fast_decoding(self)
 
 
 __all__ = ["Grok1ForCausalLM", "Grok1Model", "Grok1PreTrainedModel"]

@@ -16,10 +16,14 @@ from modeling_grok1 import GrokConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Transformers' own tests, llama.cpp and vLLM are run only when `make conformance`, `interop` and `test-vllm` ask.
-# mlx-lm's run without this file, in `make test-mlx`.
-collect_ignore = [name for name in ("conformance", "interop", "vllm") if not os.environ.get(f"GROK1_{name.upper()}")]
-collect_ignore.append("mlx")
+# Run by targets of their own, the engines in environments of their own: `make conformance`, `interop`, `test-vllm` and
+# `ecosystem` ask for theirs, and mlx-lm's tests run without this file.
+collect_ignore = [
+    name
+    for name in ("conformance", "interop", "engines/vllm", "ecosystem")
+    if not os.environ.get(f"GROK1_{name.rpartition('/')[2].upper()}")
+]
+collect_ignore.append("engines/mlx")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -87,7 +91,8 @@ def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
         out = tmp_path_factory.mktemp(f"{name}-{dtype}") / "converted"
         # The groups divide every scale block.
-        group_size = {"tiny-1": 16, "tiny-8": 2}[name] if dtype == "int8" else None
+        group_sizes = {"int8": {"tiny-1": 16, "tiny-8": 2}, "int4": {"tiny-1": 16, "tiny-8": 16}}
+        group_size = group_sizes.get(dtype, {}).get(name)
         convert(golden / name, out, dtype=dtype, group_size=group_size, no_tokenizer=True)
         return out
 

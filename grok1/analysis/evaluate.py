@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok1.precision import AUTO, find_precision, loading_options, stored_method
+from grok1.precision import AUTO, find_precision, loading_options, stored_precision
 
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def evaluate(
     nats, top1 = score(model, pieces, step)
     seconds = time.perf_counter() - start
     dtype = str(model.dtype).removeprefix("torch.")
-    method = stored_method(folder)
+    method = stored_precision(folder)
     if precision != AUTO and find_precision(precision).quantization is not None:
         method = precision
     return Evaluation(

@@ -1,100 +1,91 @@
-"""`grok1 plan`: does the model fit on these GPUs, and which command runs it."""
+"""`grok1 plan`: does the model fit on this hardware, and which command runs it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from grok1.cli.options import PrecisionOption
+from grok1.cli.options import AsJson, PrecisionOption
 
-
-if TYPE_CHECKING:
-    from grok1.sizing.hardware import Gpus
-    from grok1.sizing.plan import Plan
 
 EXAMPLES = """
+grok1 plan --gpus 8xH100
 grok1 plan --gpus 8x80GB --precision int8
-grok1 plan --gpus 2x8x80GB --context 8192 --batch 4 grok-1-hf
+grok1 plan --gpus 1xRTX4090 --precision int8 --host-memory 512GB --disk 7
+grok1 plan --gpus 2x8xH100 --context 8192 --batch 4 grok-1
+grok1 plan --mac 512
+grok1 plan --mac 2x256
 """
-WAYS = {
-    "one": "one GPU",
-    "tp": "tensor parallel: each GPU computes a share of every head and expert",
-    "ep": "tensor parallel attention, expert parallel experts: each GPU holds whole experts",
-    "pp": "pipeline: each GPU holds some of the layers, one GPU works at a time",
-    "offload": "one GPU, the experts outside it",
-}
 
 
 def plan_command(
-    gpus: Annotated[str, typer.Option(help="GPUs and their memory: 8x80GB, 24GB, or 2x8x80GB for two machines.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A converted folder, or a preset: grok-1 (the release) or demo.")
+    ] = "grok-1",
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="GPUS", help="8xH100, 8x80GB as sold, 4x24GiB exactly, 2x8xH100 for two machines."),
+    ] = None,
+    mac: Annotated[
+        str | None, typer.Option(metavar="GB", help="A Mac's memory: 512, 256, ...; 2x256 for two Macs.")
+    ] = None,
     precision: PrecisionOption = "bfloat16",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, prompt and output together.")] = 8192,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence, prompt and output. Default: the model's context.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    parallel: Annotated[str, typer.Option(help="tp, ep, pp, or auto for the fastest that the sizes allow.")] = "auto",
+    parallel: Annotated[str, typer.Option(metavar="[auto|tp|ep|pp]", help="auto: the fastest possible.")] = "auto",
     chunk: Annotated[int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens processed at a time.")] = 512,
-    folder: Annotated[
-        Path, typer.Argument(help="The converted folder; its config.json is used where it exists, else the release's.")
-    ] = Path("grok-1-hf"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory for experts, such as 512GB. Default: none.")
+    ] = None,
+    disk: Annotated[float, typer.Option(min=0.001, metavar="GB/s", help="Read bandwidth of the disk.")] = 7.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Check whether Grok-1 fits on these GPUs, what would make it fit, and how to run it. Loads no weights."""
-    from grok1.sizing.hardware import Gpus
+    """Check whether Grok-1 fits on this hardware, what would make it fit, and how to run it. Loads no weights."""
+    if (gpus is None) == (mac is None):
+        raise typer.BadParameter("give either --gpus or --mac.")
+    from grok1.cli.progress import starting
+
+    with starting("torch and Transformers"):
+        from grok1.sizing.models import find_model
+
+        found = find_model(model)
+    context = found.config.max_position_embeddings if context is None else context
+    if mac is not None:
+        from grok1.cli.plan_tables import mac_json, print_macs
+        from grok1.sizing.hardware import parse_macs
+        from grok1.sizing.mac import mac_plans
+
+        count, machine = parse_macs(mac)
+        plans = mac_plans(found.config, count, machine, context, batch)
+        if as_json:
+            typer.echo(json.dumps(mac_json(plans), indent=2))
+        else:
+            print_macs(found.title, count, machine, context, batch, plans)
+        raise typer.Exit(0 if any(plan.fits for plan in plans) else 1)
+
+    from grok1.cli.plan_tables import plan_json, print_plan
+    from grok1.sizing.hardware import GB, Gpus
     from grok1.sizing.plan import make_plan, suggestions
     from grok1.sizing.request import Request
-    from modeling_grok1 import GrokConfig
+    from modeling_grok1.offloading_grok1 import parse_size
 
-    config = GrokConfig.from_pretrained(folder) if (folder / "config.json").exists() else GrokConfig()
-    request = Request(config, Gpus.parse(gpus), precision, context, batch, parallel, chunk, str(folder))
+    assert gpus is not None
+    hardware = Gpus.parse(gpus)
+    request = Request(
+        *(found.config, hardware, precision, context, batch, parallel, chunk),
+        folders=found.folder_for,
+        host_memory=0 if host_memory is None else parse_size(host_memory, "--host-memory"),
+        disk=int(disk * GB),
+    )
     plan = make_plan(request)
     others = [] if plan.fits else suggestions(request)
     if as_json:
-        document = {
-            **dataclasses.asdict(plan),
-            "fits": plan.fits,
-            "would_fit": [{"change": text, "command": other.command} for text, other in others],
-        }
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json.dumps(plan_json(found.title, request, plan, others), indent=2))
     else:
-        print_plan(plan, request.gpus, others)
+        print_plan(found.title, request, plan, others)
     if not plan.fits:
         raise typer.Exit(1)
-
-
-def print_plan(plan: Plan, gpus: Gpus, others: list[tuple[str, Plan]]) -> None:
-    """The table of what each GPU holds, the verdict, and the command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from grok1.sizing.hardware import GB
-    from grok1.sizing.plan import RESERVED
-
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{gpus}, {plan.precision}, {plan.batch} x {plan.context:,} tokens: {WAYS[plan.parallel]}")
-    table = Table(caption=f"GB (10^9 bytes); {RESERVED / GB:.0f} GB of each GPU is kept free for CUDA")
-    table.add_column("GPU", justify="right")
-    table.add_column("holds")
-    for column in ("weights", "KV cache", "activations", "free"):
-        table.add_column(column, justify="right")
-    for share in plan.shares:
-        figures = (share.weights, share.cache, share.activations, share.free)
-        style = None if share.free >= 0 else "red"
-        table.add_row(str(share.gpu), share.holds, *(f"{figure / GB:,.1f}" for figure in figures), style=style)
-    console.print(table)
-    if plan.fits:
-        console.print("It fits. Run it with\n")
-        console.print(plan.command, markup=False)
-        return
-    missing = -min(share.free for share in plan.shares)
-    console.print(f"It does not fit: it is {missing / GB:,.1f} GB short on the fullest GPU.", style="red")
-    if not others:
-        console.print("No other precision, batch or placement makes it fit on this hardware.")
-        return
-    console.print("What would make it fit:")
-    for text, other in others:
-        console.print(f"  {text}: {min(share.free for share in other.shares) / GB:,.1f} GB free", markup=False)
-    console.print(f"\nThe first of them ({others[0][0]}):\n", markup=False)
-    console.print(others[0][1].command, markup=False)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from grok1.sizing.hardware import GB
 from grok1.sizing.request import Request
+
+
+PROMPT = "The answer to life"
+
+
+def folder_comment(request: Request) -> str:
+    """How to make the folder of a precision that the conversion writes; empty for bfloat16."""
+    row = request.row
+    if row.converted != row.name or row.name == "bfloat16":
+        return ""
+    return f"# {request.folder} is written by `grok1 convert --dtype {row.converted}`\n"
 
 
 def python_command(request: Request, placement: str) -> str:
@@ -13,18 +25,28 @@ def python_command(request: Request, placement: str) -> str:
     if row.on_load is not None:
         lines.append(f"from {row.on_load.module} import {row.on_load.name}")
         options.append(f"quantization_config={row.on_load.code}")
-    lines += ["import modeling_grok1", ""]
-    if row.converted == row.name != "bfloat16":
-        lines.append(f"# a folder written by `grok1 convert --dtype {row.converted}`")
     lines += [
+        "import modeling_grok1",
+        "",
         f"folder = {request.folder!r}",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"model = AutoModelForCausalLM.from_pretrained(folder, {', '.join(options)})",
-        f'batch = tokenizer(["The answer to life"] * {request.batch}, return_tensors="pt").to(model.device)',
+        f'batch = tokenizer(["{PROMPT}"] * {request.batch}, return_tensors="pt").to(model.device)',
         f"tokens = model.generate(**batch, max_new_tokens=64, prefill_chunk_size={request.chunk})",
         "print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0])",
     ]
-    return "\n".join(lines)
+    return folder_comment(request) + "\n".join(lines)
+
+
+def offload_command(request: Request, place: str, budget: int) -> str:
+    """Experts in host memory ("cpu") or on "disk", `budget` bytes of them cached on the GPU."""
+    row = request.row
+    cache = f" --expert-cache {budget // GB}GB" if budget >= GB else ""
+    precision = f" --precision {row.name}" if row.on_load is not None else ""
+    return (
+        f'{folder_comment(request)}grok1 generate {request.folder} "{PROMPT}" --device-map cuda:0{precision} '
+        f"--experts-on {place}{cache}"
+    )
 
 
 def run_command(request: Request, parallel: str) -> str:
@@ -41,9 +63,25 @@ def run_command(request: Request, parallel: str) -> str:
     if gpus.nodes > 1:
         nodes = f"--nnodes {gpus.nodes} --rdzv-backend c10d --rdzv-id grok1 --rdzv-endpoint HOST:29500 "
     sizes = {"tp": f"--tp {count}", "ep": f"--tp {count} --ep {count}", "pp": f"--pp {count}"}[parallel]
-    comment = ""
-    if request.row.converted == request.row.name != "bfloat16":
-        comment = f"# a folder written by `grok1 convert --dtype {request.row.converted}`\n"
     options = f"{sizes} --dtype {request.row.dtype} --prefill-chunk {request.chunk}"
     example = f"examples/generate_distributed.py {request.folder} {options}"
-    return f'{comment}torchrun {nodes}--nproc-per-node {gpus.per_node} {example} "The answer to life"'
+    return f'{folder_comment(request)}torchrun {nodes}--nproc-per-node {gpus.per_node} {example} "{PROMPT}"'
+
+
+def vllm_command(request: Request) -> str | None:
+    """The line that serves the folder with vLLM; None where vLLM does not read the precision.
+
+    Tensor parallel within a machine, pipeline parallel over machines, which Ray connects first.
+    """
+    gpus = request.gpus
+    if not request.row.engines:
+        return None
+    tensor = f" --tensor-parallel-size {gpus.per_node}" if gpus.per_node > 1 else ""
+    line = f"vllm serve {request.folder}{tensor} --max-model-len {request.context}"
+    if gpus.nodes == 1:
+        return line
+    head = "ray start --head --port 6379                # on the first machine"
+    others = "ray start --address HOST:6379               # on the others"
+    return "\n".join(
+        [head, others, f"{line} --pipeline-parallel-size {gpus.nodes} --distributed-executor-backend ray"]
+    )

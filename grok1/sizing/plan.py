@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from grok1.precision import PRECISIONS
-from grok1.sizing.commands import python_command, run_command
-from grok1.sizing.hardware import GB
+from grok1.sizing.commands import offload_command, run_command
+from grok1.sizing.hardware import GB, Gpus
 from grok1.sizing.memory import Memory, dequantized_matrix, layer_activations, model_memory
 from grok1.sizing.request import Request
+from grok1.sizing.speed import step_seconds
 
 
 # A margin, not a measurement: the CUDA context, kernels and their workspaces, fragmentation of the allocator.
@@ -33,7 +34,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run the model; see `make_plan`."""
+    """One way to run the model; see `make_plan`.
+
+    Args:
+        parallel: "one", "tp", "ep", "pp" or "offload".
+        precision, context, batch: as requested.
+        shares: what each GPU holds.
+        command: the code to paste.
+        tokens_per_second: an upper bound by bandwidth, all sequences together; None where the bandwidth is unknown.
+    """
 
     parallel: str
     precision: str
@@ -41,6 +50,7 @@ class Plan:
     batch: int
     shares: tuple[Share, ...]
     command: str
+    tokens_per_second: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -136,7 +146,7 @@ def split_by_layers(request: Request, memory: Memory) -> list[tuple[str, int, in
     for gpu in range(count):
         mine = layers_of(request, gpu)
         weights = sum(memory.layers[i] for i in mine)
-        holds = f"layers {mine.start} to {mine.stop - 1}"
+        holds = f"{len(mine)} layers"
         if gpu == 0:
             weights, holds = weights + embedding, f"embedding, {holds}"
         if gpu == count - 1:
@@ -173,59 +183,109 @@ def make_plan(request: Request, memory: Memory | None = None) -> Plan:
             for gpu, (holds, weights, cache) in enumerate(shares)
         ),
         command=run_command(request, parallel),
+        tokens_per_second=_speed(request, step_seconds(request, parallel, memory, request.gpus)),
     )
 
 
-def make_offload_plan(request: Request, memory: Memory | None = None) -> Plan:
-    """Everything but the experts on one GPU, with buffers for the experts in transfer; the rest caches experts."""
+def _speed(request: Request, seconds: float | None) -> float | None:
+    return None if seconds is None else request.batch / seconds
+
+
+def make_offload_plan(request: Request, place: str, memory: Memory | None = None) -> Plan:
+    """Everything but the experts on one GPU, with buffers for the experts in transfer; the rest caches experts.
+
+    Args:
+        request: on its first GPU.
+        place: "cpu" (host memory) or "disk".
+        memory: of the model, where it is known already.
+
+    Raises:
+        ValueError: the precision cannot run so, or the host memory is too small.
+    """
     request.check()
+    if not request.row.offloaded:
+        raise ValueError(f"`precision`: {request.precision} cannot keep experts outside the GPU.")
     memory = memory or model_memory(request.config, request.precision, prompt=1)
     experts = memory.weights["experts"]
+    if place == "cpu" and experts > request.host_memory:
+        raise ValueError(f"`host_memory`: expected {experts:,} bytes for the experts, found {request.host_memory:,}.")
     expert = experts // (request.config.num_hidden_layers * request.config.num_experts)
     weights = memory.weights_bytes - experts
     activations = activation_bytes(request, "one") + (request.config.num_experts_per_tok + 1) * expert
     cache = memory.kv_bytes(request.context * request.batch)
     free = request.gpus.memory - RESERVED - weights - activations - cache
     budget = max(0, free // expert * expert)
-    command = python_command(
-        request, f"device_map=0, experts_on='disk', expert_cache={f'{budget / GB:.0f}GB' if budget else None!r}"
+    share = Share(
+        0, f"all but the experts ({'host memory' if place == 'cpu' else place})", weights, cache, activations, free
     )
-    share = Share(0, "all but the experts", weights, cache, activations, free)
-    return Plan("offload", request.precision, request.context, request.batch, (share,), command)
+    link = request.gpus.card.link if request.gpus.card is not None else None
+    outside = link if place == "cpu" else min(request.disk, link or request.disk)
+    seconds = step_seconds(request, "offload", memory, request.gpus, outside, budget / experts)
+    return Plan(
+        parallel="offload",
+        precision=request.precision,
+        context=request.context,
+        batch=request.batch,
+        shares=(share,),
+        command=offload_command(request, place, budget),
+        tokens_per_second=_speed(request, seconds),
+    )
 
 
 def suggestions(request: Request) -> list[tuple[str, Plan]]:
-    """Changes that make it fit, each of them computed, the smallest change first."""
-    changes: list[tuple[str, dict]] = []
+    """Changes that make it fit, each of them computed: on the same hardware by speed, then more hardware."""
+    here = [(text, _try(request, change)) for text, change in _smaller_requests(request)]
+    one = dataclasses.replace(request, gpus=dataclasses.replace(request.gpus, nodes=1, per_node=1))
+    for precision in dict.fromkeys((request.precision, "int8")):
+        for place, words in (("cpu", "in host memory"), ("disk", f"on disk, {request.disk / GB:g} GB/s")):
+            text = f"one GPU, experts {words} ({precision})"
+            here.append((text, _try_offload(dataclasses.replace(one, precision=precision), place)))
+    fitting = [(text, plan) for text, plan in here if plan is not None and plan.fits]
+    fitting.sort(key=lambda pair: -(pair[1].tokens_per_second or 0) / pair[1].batch)
+    larger = [
+        (f"{gpus} instead", _try(request, {"gpus": gpus, "parallel": "auto"})) for gpus in _more_gpus(request.gpus)
+    ]
+    return fitting + [(text, plan) for text, plan in larger if plan is not None and plan.fits]
+
+
+def _smaller_requests(request: Request) -> list[tuple[str, dict[str, Any]]]:
+    """Smaller batches, shorter contexts and smaller precisions, in words and as changes of the request."""
+    changes: list[tuple[str, dict[str, Any]]] = []
     if request.batch > 1:
         changes.append((f"a batch of {request.batch // 2}", {"batch": request.batch // 2}))
+    if request.batch > 3:
         changes.append(("a batch of 1", {"batch": 1}))
     if request.context > 2048:
         changes.append(("a context of 2048 tokens", {"context": 2048}))
     order = list(PRECISIONS)
-    changes += [
-        (f"precision {precision}", {"precision": precision})
+    return changes + [
+        (f"precision {precision}", {"precision": precision, "parallel": "auto"})
         for precision in ("bfloat16", "int8", "nf4")
         if order.index(precision) > order.index(request.precision)
     ]
-    for times in (2, 4):
-        gpus = dataclasses.replace(request.gpus, nodes=request.gpus.nodes * times)
-        if request.gpus.per_node * times <= 8 and request.gpus.nodes == 1:
-            gpus = dataclasses.replace(request.gpus, per_node=request.gpus.per_node * times)
-        changes.append((f"{gpus} instead", {"gpus": gpus, "parallel": "auto"}))
 
-    fitting = []
-    for text, change in changes:
-        try:
-            plan = make_plan(dataclasses.replace(request, **change))
-        except ValueError:
-            continue
-        if plan.fits:
-            fitting.append((text, plan))
-    for precision in dict.fromkeys((request.precision, "int8")):
-        if PRECISIONS[precision].offloaded:
-            offload = make_offload_plan(dataclasses.replace(request, precision=precision))
-            if offload.fits:
-                what = "the experts on disk, read when they are routed to, on one GPU"
-                fitting.append((f"{what} ({precision})", offload))
-    return fitting
+
+def _more_gpus(gpus: Gpus) -> list[Gpus]:
+    """Twice and four times as many: in the same machine up to eight, else in more machines."""
+    more = []
+    for times in (2, 4):
+        if gpus.per_node * times <= 8 and gpus.nodes == 1:
+            more.append(dataclasses.replace(gpus, per_node=gpus.per_node * times))
+        else:
+            more.append(dataclasses.replace(gpus, nodes=gpus.nodes * times))
+    return more
+
+
+def _try(request: Request, change: dict[str, Any]) -> Plan | None:
+    """The changed plan; None where the model cannot be split so."""
+    try:
+        return make_plan(dataclasses.replace(request, **change))
+    except ValueError:
+        return None
+
+
+def _try_offload(request: Request, place: str) -> Plan | None:
+    try:
+        return make_offload_plan(request, place)
+    except ValueError:
+        return None

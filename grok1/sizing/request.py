@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ class Request:
         batch: sequences at a time.
         parallel: one of `PARALLEL`.
         chunk: tokens of the prompt that are processed at a time (`prefill_chunk_size` of `generate`).
-        folder: the converted folder, for the command.
+        folders: the folder that a command in a precision names.
+        host_memory: bytes of host memory in which experts may stay; 0: none.
+        disk: bytes/s at which the disk is read.
     """
 
     config: GrokConfig
@@ -36,7 +39,14 @@ class Request:
     batch: int = 1
     parallel: str = "auto"
     chunk: int = 512
-    folder: str = "grok-1-hf"
+    folders: Callable[[str], str] = lambda precision: "grok-1-hf"
+    host_memory: int = 0
+    disk: int = 7 * 10**9
+
+    @property
+    def folder(self) -> str:
+        """The folder for the command."""
+        return self.folders(self.precision)
 
     @property
     def row(self) -> Precision:

@@ -73,7 +73,7 @@ def test_int8_has_the_perplexity_of_the_float32_conversion(folders: dict[str, Pa
     expected = evaluate(folders["float32"], TEXT, context=CONTEXT)
     found = evaluate(folders["int8"], TEXT, precision="float32", context=CONTEXT)
     assert f"{found.perplexity:.6f}" == f"{expected.perplexity:.6f}"
-    assert found.precision == "grok1_int8 in float32"
+    assert found.precision == "int8 in float32"
     assert found.agreement is None
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from grok1.conversion import plan as plan_module
@@ -49,7 +48,7 @@ def test_all_problems_come_in_one_message(source, tmp_path):
         "tensor00004_000: expected",
         "tensor00005_000: expected",
         "notes.txt",
-        "dtype: expected one of bfloat16, float32, int8, found 'fp8'",
+        "dtype: expected one of bfloat16, float32, int8, int4, found 'fp8'",
         "layout: expected one of hub, fused, hpcai, keyfan, found 'sharded'",
         "`max_shard_size`: expected a size such as 5GB",
         "tokenizer.model: expected",
@@ -177,17 +176,15 @@ def test_scales_that_are_not_finite(source, tmp_path, bits):
     assert "tensor00002_000: expected finite scales" in refusal(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("layout", ["hpcai", "keyfan"])
+@pytest.mark.parametrize("layout", ["fused", "hpcai", "keyfan"])
 def test_int8_in_layouts_whose_readers_do_not_know_it(source, tmp_path, layout):
     message = refusal(source, tmp_path / "out", dtype="int8", layout=layout)
-    assert f"layout: expected hub or fused with dtype int8 (no other reader knows it), found '{layout}'" in message
+    assert f"layout: expected hub with dtype int8 (no engine reads another), found '{layout}'" in message
 
 
-def test_fused_int8_needs_as_many_scale_blocks_in_gate_as_in_up(source, tmp_path):
-    path = source / "ckpt-0" / "tensor00002_000"
-    file = read_tensor_file(path)
-    weight, scales = file.weight.read(), np.repeat(file.scales.read(), 2, axis=1)
-    write_tensor_file(path, tensor_frame(weight.shape, scales.shape), [weight], lambda: scales)
-    message = refusal(source, tmp_path / "out", dtype="int8", layout="fused")
-    assert "layer 0: expected as many scale blocks in gate as in up" in message
-    convert(source, tmp_path / "out", dtype="int8", no_tokenizer=True)
+def test_groups_that_do_not_divide_are_refused_with_what_would_do(source, tmp_path):
+    message = refusal(source, tmp_path / "out", dtype="int8", group_size=3)
+    assert "group_size: expected a divisor of the 32 inputs of a scale block of moe_gate, found 3" in message
+    assert "would do" in message
+    message = refusal(source, tmp_path / "out", dtype="bfloat16", group_size=32)
+    assert "group_size: expected with dtype int8 or int4 only, found with bfloat16" in message

@@ -15,7 +15,7 @@ def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "int4"])
 @pytest.mark.parametrize(("slab_bytes", "block_elements"), [(1 << 13, 1 << 10), (1 << 15, 1 << 8)])
 def test_slow_writers_see_the_right_bytes(golden, converted, tmp_path, monkeypatch, dtype, slab_bytes, block_elements):
     monkeypatch.setattr(streaming, "SLAB_BYTES", slab_bytes)
@@ -29,7 +29,8 @@ def test_slow_writers_see_the_right_bytes(golden, converted, tmp_path, monkeypat
         write_block(self, descriptor, tensor, position, data)
 
     monkeypatch.setattr(ShardWriter, "write_block", late)
-    convert(golden / "tiny-8", tmp_path / "out", dtype=dtype, no_tokenizer=True, jobs=4)
+    group_size = {"int8": 2, "int4": 16}.get(dtype)
+    convert(golden / "tiny-8", tmp_path / "out", dtype=dtype, group_size=group_size, no_tokenizer=True, jobs=4)
     assert len(seen) == 4
     monkeypatch.undo()
     assert folder_bytes(tmp_path / "out") == folder_bytes(converted("tiny-8", dtype))

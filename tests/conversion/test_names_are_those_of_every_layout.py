@@ -6,6 +6,7 @@ import math
 import pytest
 
 from grok1.conversion.names import (
+    BITS,
     BLOCK_KINDS,
     DTYPES,
     LAYOUTS,
@@ -99,28 +100,24 @@ def test_the_names_and_shapes_of_a_layout(layout):
         assert sum(tensor.numel for tensor in tensors.values()) == 316_490_127_360
 
 
-def test_int8_adds_scales_and_writes_no_head():
-    plain, int8 = hub_tensors(release_sizes()), hub_tensors(release_sizes(), dtype="int8")
-    scales = {name: tensor for name, tensor in int8.items() if name.endswith("_scale")}
-    assert set(int8) - set(scales) == set(plain) - {"lm_head.weight"}
-    assert len(scales) == LAYERS * (4 + 3 * E)
-    layer = "model.layers.3."
-    assert scales[f"{layer}self_attn.o_proj.weight_scale"].shape == (D, 8)
-    assert scales[f"{layer}self_attn.k_proj.weight_scale"].shape == (KV, 1)
-    assert scales[f"{layer}block_sparse_moe.experts.7.w2.weight_scale"].shape == (D, 8)
-    assert scales[f"{layer}block_sparse_moe.experts.7.w1.weight_scale"].shape == (F, 1)
-    assert {tensor.dtype for tensor in scales.values()} == {"bfloat16"}
-    assert int8["model.embed_tokens.weight"].dtype == "float32"
-    assert int8[f"{layer}self_attn.q_proj.weight"].dtype == "int8"
-    fused = hub_tensors(release_sizes(), "fused", "int8")
-    assert fused[f"{layer}block_sparse_moe.experts.gate_up_proj_scale"].shape == (E, 2 * F, 1)
-    assert fused[f"{layer}block_sparse_moe.experts.down_proj_scale"].shape == (E, D, 8)
-
-
-def test_the_scale_blocks_of_a_file_are_its_own():
-    blocks = {entry.index: 1 for entry in checkpoint_entries(release_sizes()) if entry.kind.quantised}
-    int8 = hub_tensors(release_sizes(), dtype="int8", scale_blocks=blocks)
-    assert {tensor.shape[-1] for name, tensor in int8.items() if name.endswith("_scale")} == {1}
+@pytest.mark.parametrize(("dtype", "per_word"), [("int8", 4), ("int4", 8)])
+@pytest.mark.parametrize("group_size", [128, 32])
+def test_packed_precisions_have_three_tensors_per_matrix_and_no_head(dtype, per_word, group_size):
+    plain, packed = hub_tensors(release_sizes()), hub_tensors(release_sizes(), dtype=dtype, group_size=group_size)
+    quantised = {name.removesuffix("_packed") for name in packed if name.endswith("_packed")}
+    assert len(quantised) == LAYERS * (4 + 3 * E)
+    assert {name.removesuffix("_packed") for name in packed if not name.endswith(("_scale", "_shape"))} == (
+        plain.keys() - {"lm_head.weight"}
+    )
+    for name in quantised:
+        outputs, inputs = plain[name].shape
+        assert packed[f"{name}_packed"].shape == (outputs, inputs // per_word)
+        assert packed[f"{name}_scale"].shape == (outputs, inputs // group_size)
+        assert packed[f"{name}_shape"].shape == (2,)
+        found = [packed[f"{name}_{part}"].dtype for part in ("packed", "scale", "shape")]
+        assert found == ["int32", "bfloat16", "int64"]
+    assert packed["model.embed_tokens.weight"].dtype == "float32"
+    assert sum(tensor.parameters for tensor in packed.values()) == 315_684_820_992
 
 
 def test_layers_are_lexicographic_on_xais_side_and_numeric_on_the_hubs():
@@ -134,24 +131,27 @@ def test_layers_are_lexicographic_on_xais_side_and_numeric_on_the_hubs():
     assert names[-1] == "model.norm.weight"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+PLACES = [(layout, dtype) for layout in LAYOUTS for dtype in DTYPES if layout == "hub" or dtype not in BITS]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), PLACES)
 def test_every_array_of_the_checkpoint_has_exactly_one_place(layout, dtype):
     tensors = hub_tensors(release_sizes(), layout, dtype)
     places = parts_by_entry(tensors.values())
     for entry in checkpoint_entries(release_sizes()):
         experts = range(8) if entry.kind.name.startswith("moe_") else [None]
-        fields = ["weight", "scales"] if dtype == "int8" and entry.kind.quantised else ["weight"]
+        fields = ["weight", "scales", "shape"] if dtype in BITS and entry.kind.quantised else ["weight"]
         found = [(part.field, part.expert) for _, part in places[entry.index]]
         assert sorted(found, key=str) == sorted(((f, e) for f in fields for e in experts), key=str)
     for tensor in tensors.values():
+        if tensor.packing is not None:
+            assert [part.offset for part in tensor.parts] == [0]
+            continue
         # The parts of a tensor follow each other without a gap.
         position = 0
         for part in tensor.parts:
             assert part.offset == position
-            blocks = part.entry.kind.scale_blocks
-            shape = part.entry.shape if part.field == "weight" else part.entry.scales_shape(blocks)
-            position += math.prod(shape[-2:] if part.expert is not None else shape)
+            position += math.prod(part.entry.shape[-2:] if part.expert is not None else part.entry.shape)
         assert position == tensor.numel
 
 

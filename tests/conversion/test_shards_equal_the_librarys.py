@@ -19,7 +19,8 @@ from modeling_grok1.sizes_grok1 import parse_size
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 shapes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
-tensor_sets = st.dictionaries(names, st.tuples(shapes, st.sampled_from(["float32", "bfloat16", "int8"])), min_size=1)
+dtypes = st.sampled_from(["int64", "float32", "int32", "bfloat16", "int8"])
+tensor_sets = st.dictionaries(names, st.tuples(shapes, dtypes), min_size=1)
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
@@ -102,7 +103,7 @@ def test_the_index_is_the_one_of_save_pretrained(tmp_path):
 
 
 def test_the_index_of_the_release_counts_its_parameters_once():
-    for dtype in ("bfloat16", "int8"):
+    for dtype in ("bfloat16", "int8", "int4"):
         shards = plan_shards(hub_tensors(release_sizes(), dtype=dtype).values(), 5 * 10**9)
         assert json.loads(index_text(shards))["metadata"]["total_parameters"] == 315_684_820_992
 

@@ -13,7 +13,7 @@ from grok1.errors import CheckpointError
 
 
 CASES = [
-    *(("bfloat16", "hub"), ("float32", "fused"), ("int8", "hub"), ("int8", "fused")),
+    *(("bfloat16", "hub"), ("float32", "fused"), ("int8", "hub"), ("int4", "hub")),
     *(("bfloat16", "hpcai"), ("float32", "keyfan")),
 ]
 
@@ -26,7 +26,9 @@ def converted(golden, tmp_path_factory):
     def make(dtype: str, layout: str, name: str = "tiny-1") -> Path:
         if (dtype, layout, name) not in made:
             out = tmp_path_factory.mktemp("converted") / "out"
-            convert(golden / name, out, dtype=dtype, layout=layout, no_tokenizer=True, max_shard_size="300KB")
+            sizes = {"int8": {"tiny-1": 16, "tiny-8": 2}, "int4": {"tiny-1": 16, "tiny-8": 16}}
+            options = {"no_tokenizer": True, "max_shard_size": "300KB", "group_size": sizes.get(dtype, {}).get(name)}
+            convert(golden / name, out, dtype=dtype, layout=layout, **options)
             made[dtype, layout, name] = out
         return made[dtype, layout, name]
 
@@ -72,7 +74,7 @@ def places(out: Path, chooser: random.Random) -> list[tuple[Path, int]]:
     return chosen
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "hub"), ("int8", "hub")])
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "hub"), ("int8", "hub"), ("int4", "hub")])
 def test_every_flipped_bit_is_found(golden, converted, dtype, layout):
     out = converted(dtype, layout)
     missed = []

@@ -11,6 +11,7 @@ from xai_files import unpickled
 
 
 DTYPES = {"float32": "<f4", "int8": "i1", "bfloat16": "<u2"}
+GROUP_SIZES = {"tiny-1": 16, "tiny-8": 2}  # of int8 conversions: they divide every scale block
 
 HUB = {
     "moe/linear/w": "block_sparse_moe.experts.{e}.w1.weight",
@@ -86,7 +87,8 @@ def naive_tensors(checkpoint: Path, dtype: str, layout: str) -> dict[str, np.nda
             continue
         weight, scales = arrays
         if dtype == "int8":
-            outputs = {name: weight, f"{name}_scale": scales}
+            repeats = weight.shape[-2] // scales.shape[-2] // GROUP_SIZES[checkpoint.name]
+            outputs = {name: weight, f"{name}_scale": np.repeat(scales, repeats, axis=-2)}
         else:
             blocks, rows = scales.shape[-2], weight.shape[-2]
             wide = np.stack([float32_of(scales[..., r * blocks // rows, :]) for r in range(rows)], axis=-2)
@@ -97,11 +99,26 @@ def naive_tensors(checkpoint: Path, dtype: str, layout: str) -> dict[str, np.nda
                 tensors[key] = value.T
             else:
                 tensors |= {key.format(e=e): value[e].T for e in range(len(value))}
+    if dtype == "int8":
+        return _packed(tensors)
     if layout == "fused":
         return _fused(tensors)
     for old, new in {"hub": [], "hpcai": HPCAI, "keyfan": KEYFAN}[layout]:
         tensors = {name.replace(old, new): value for name, value in tensors.items()}
     return tensors
+
+
+def _packed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The int8 values + 128 as the bytes of little-endian integers, and the shapes."""
+    packed = {}
+    for name, value in tensors.items():
+        if value.dtype != np.int8:
+            packed[name] = value
+            continue
+        offset = (np.ascontiguousarray(value).astype(np.int16) + 128).astype(np.uint8)
+        packed[f"{name}_packed"] = offset.view("<i4")
+        packed[f"{name}_shape"] = np.array(value.shape, np.int64)
+    return packed
 
 
 def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

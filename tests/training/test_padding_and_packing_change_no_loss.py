@@ -17,7 +17,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from grok1.training import Grok1Trainer
-from modeling_grok1 import Grok1ForCausalLM
+from modeling_grok1 import Grok1ForCausalLM, losses_grok1
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -106,13 +106,19 @@ def of_each_text(model, divisor: int):
     return total.float(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("divisor", [None, TARGETS, 1000])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_every_batch_has_the_loss_and_gradients_of_its_texts(model, kind, divisor, use_cache):
+def test_every_batch_has_the_loss_and_gradients_of_its_texts(
+    model, kind, divisor, use_cache, skip_logits, monkeypatch
+):
+    monkeypatch.setattr(losses_grok1, "LOGIT_BYTES", 4 * 96 * 7)  # 7 rows
     loss, gradients = of_each_text(model, divisor or TARGETS)
     options: dict[str, Any] = {} if divisor is None else {"num_items_in_batch": torch.tensor(divisor)}
-    actual_loss, actual = loss_and_gradients(model, BATCHES[kind](), use_cache=use_cache, **options)
+    actual_loss, actual = loss_and_gradients(
+        model, BATCHES[kind](), use_cache=use_cache, skip_logits=skip_logits, **options
+    )
     torch.testing.assert_close(actual_loss, loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(actual[name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
@@ -201,8 +207,9 @@ def test_the_balance_of_accumulated_batches_weighs_as_in_one_large_batch(model):
         )
 
 
-def test_a_batch_without_targets_changes_nothing(model):
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_a_batch_without_targets_changes_nothing(model, skip_logits):
     batch = padded("left", [TEXTS[0][:1], TEXTS[1][:1]])
-    loss, gradients = loss_and_gradients(model, batch, num_items_in_batch=7)
+    loss, gradients = loss_and_gradients(model, batch, num_items_in_batch=7, skip_logits=skip_logits)
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients.values())

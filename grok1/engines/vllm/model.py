@@ -3,6 +3,7 @@
 source are those of modeling_grok1/modeling_grok1.py."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
@@ -28,6 +29,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.selector import get_attn_backend
 
@@ -48,6 +50,20 @@ def rounded(value: float) -> float:
     return torch.tensor(value, dtype=torch.get_default_dtype(), device="cpu").item()
 
 
+@contextmanager
+def attention_adapters_only() -> Iterator[None]:
+    """Experts that are built inside take no LoRA adapters on a CPU: vLLM would choose Triton kernels for them, which
+    do not run there."""
+    vllm_config = get_current_vllm_config()
+    lora_config = vllm_config.lora_config
+    if current_platform.is_cpu():
+        vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = lora_config
+
+
 class Grok1MoE(nn.Module):
     """Softmax over all experts in float32, the top k of them, not renormalised."""
 
@@ -60,18 +76,19 @@ class Grok1MoE(nn.Module):
             out_dtype=torch.float32,
             prefix=f"{prefix}.gate",
         )
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            renormalize=False,
-            activation=config.hidden_act,
-            router_logits_dtype=torch.float32,
-            ckpt_names=("w1", "w2", "w3"),
-            quant_config=quant_config,
-            prefix=f"{prefix}.experts",
-        )
+        with attention_adapters_only():
+            self.experts = FusedMoEFactory(
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                renormalize=False,
+                activation=config.hidden_act,
+                router_logits_dtype=torch.float32,
+                ckpt_names=("w1", "w2", "w3"),
+                quant_config=quant_config,
+                prefix=f"{prefix}.experts",
+            )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(hidden_states)

@@ -1,5 +1,5 @@
 """
-Write the folders that tests/mlx reads: what needs torch and this package is done here, so that the tests need neither.
+Write the folders that tests/engines/mlx reads. What needs torch and this package is done here: the tests need neither.
 
     tiny-1, tiny-8          the golden checkpoints, converted in float32
     demo, demo-bfloat16     the demo, with a tokenizer for continuations
@@ -29,7 +29,7 @@ from grok1.conversion.tokenizer import convert_tokenizer
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "grok1" / "demo"
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 NOT_QUANTISED = ["lm_head", r"re:.*block_sparse_moe\.gate$"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / ".cache" / "vllm-data"
 
 # For this process and for the engine's, which inherit them.

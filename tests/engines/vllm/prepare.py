@@ -1,6 +1,6 @@
 """Write what the tests in this folder compare vLLM with: folders to serve, and what Transformers computes with them.
 
-    .venv/bin/python tests/vllm/prepare.py .cache/vllm-data
+    .venv/bin/python tests/engines/vllm/prepare.py .cache/vllm-data
 
 It runs in the main environment, for the model's own code needs a newer Transformers than vLLM brings.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grok1.conversion.convert import convert
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "grok1" / "demo"
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 PASSAGES = json.loads((DEMO / "passages.json").read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def answers(model: Grok1ForCausalLM, tokenizer) -> list[dict]:
 
 def adapter(folder: Path, out: Path, tokenizer) -> dict:
     """Train a LoRA adapter of the attention with PEFT, on a sentence that the demo does not know."""
-    model = Grok1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
@@ -98,11 +98,11 @@ def main(out: Path) -> None:
     for name in ("tiny-1", "tiny-8"):
         for dtype in ("float32", "bfloat16"):
             convert(GOLDEN / name, out / f"{name}-{dtype}", dtype=dtype, no_tokenizer=True)
-        model = Grok1ForCausalLM.from_pretrained(out / f"{name}-float32", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(out / f"{name}-float32", dtype=torch.float32)
         references[name] = log_probs(model, golden_rows(name))
     for dtype in ("float32", "bfloat16"):
         convert(DEMO, out / f"demo-{dtype}", dtype=dtype)
-    model = Grok1ForCausalLM.from_pretrained(out / "demo-float32", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(out / "demo-float32", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "demo-float32")
     texts = [tokenizer.encode(passage["opening"] + passage["continuation"]) for passage in PASSAGES]
     references["demo"] = log_probs(model, texts)
