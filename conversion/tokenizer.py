@@ -3,10 +3,19 @@
 Naming `LlamaTokenizer` beside the model file does not do: its pipeline gives other ids wherever user-defined pieces
 (newlines, digits, tabs) occur. The pipeline is therefore written out in tokenizer.json:
 
-    normalizer      put "▁" in front, spaces become "▁" (SentencePiece's dummy prefix and escaping)
-    pre-tokenizer   user-defined pieces are cut out, the longest first: nothing merges with them
+    added tokens    [PAD], [BOS], [EOS] and [UNK] in a text are the tokens, as chat templates and trainers write them
+    normalizer      spaces become "▁" (SentencePiece's escaping)
+    pre-tokenizer   "▁" in front of the text (SentencePiece's dummy prefix), but not of what follows an added token;
+                    user-defined pieces are cut out, the longest first: nothing merges with them
     model           BPE with byte fallback; the merges are those whose result is a normal piece, best score first
     decoder         "▁" to spaces, byte pieces to characters, the dummy prefix dropped
+
+`split_special_tokens=True`, for `from_pretrained` or one call, reads the spelling of a special token as text. The ids
+are then SentencePiece's for every string. Without it they are for every string that has no such spelling.
+
+Dropping the dummy prefix makes `decode(encode(text)) == text`, as SentencePiece's decoding does. It cannot be right
+for tokens that continue a text: there the space in front belongs to the text. With `continuations=True` the decoder
+keeps it, and `decode(a) + decode(b) == decode(a + b)`.
 """
 
 from __future__ import annotations
@@ -189,8 +198,11 @@ def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     ]
 
 
-def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
+def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> Tokenizer:
     """The pipeline at the top of this module, for a model without problems.
+
+    Args:
+        continuations: decode additively, with the dummy prefix of a whole text kept.
 
     Raises:
         ConversionError: the vocabulary has normal pieces that the merges cannot make.
@@ -224,26 +236,35 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
 
     bpe.ignore_merges = True
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    # The first step puts a space in front of the text, and of nothing that follows an added token. It does not where
+    # a text begins with its replacement, which none does: the normalizer has left no space. The second makes it "▁".
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits]
+        [
+            pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False),
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits),
+        ]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps if continuations else [*steps, decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens(
         [AddedToken(model.pieces[i].text, special=True, normalized=False) for i in SPECIAL_IDS.values()]
     )
     return tokenizer
 
 
-def convert_tokenizer(tokenizer_model: Path, out: Path, vocab_size: int | None = None) -> None:
+def convert_tokenizer(
+    tokenizer_model: Path, out: Path, vocab_size: int | None = None, *, continuations: bool = False
+) -> None:
     """Write `tokenizer.model` (a copy), `tokenizer.json` and `tokenizer_config.json` into the folder `out`.
 
     Args:
         tokenizer_model: a SentencePiece BPE model with byte fallback, as xAI released it.
         out: made where it does not exist; files of the three names are replaced.
         vocab_size: rows of the model's embedding. A tokenizer with more pieces is refused.
+        continuations: write a decoder that is additive, for programs that decode a completion by itself. A whole text
+            then comes back with a space in front. Encoding is the same.
 
     Raises:
         ConversionError: the file cannot be read or holds a tokenizer that these files could not reproduce id for id;
@@ -263,16 +284,16 @@ def convert_tokenizer(tokenizer_model: Path, out: Path, vocab_size: int | None =
         "backend": "tokenizers",
         "add_bos_token": False,
         "add_eos_token": False,
+        "add_prefix_space": True,  # says what tokenizer.json does; it is not read
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
-        # Text that spells a special token is text, as it is for SentencePiece.
-        "split_special_tokens": True,
+        "split_special_tokens": False,
         **{role: model.pieces[i].text for role, i in SPECIAL_IDS.items()},
     }
     files = {
         "tokenizer.model": tokenizer_model.read_bytes(),
-        "tokenizer.json": build_tokenizer(model).to_str().encode(),
+        "tokenizer.json": build_tokenizer(model, continuations).to_str().encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
     out.mkdir(parents=True, exist_ok=True)

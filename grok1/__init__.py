@@ -1,6 +1,4 @@
-"""Tools around Grok-1 for Transformers: the `grok1` command and the library behind it.
+"""Tools for Grok-1 in Transformers: the `grok1` command and the library behind it.
 
 Importing this package loads neither torch nor Transformers. The model itself is the package `modeling_grok1`.
 """
-
-__version__ = "0.1.0"

@@ -5,11 +5,12 @@ Letters as there.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
@@ -29,8 +30,9 @@ SCORE_BYTES_ELSEWHERE = 2**28
 def in_pieces(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
     """
     Calls `attention` for some queries at a time where the scores of all would be large: 36 GiB for 8,192 tokens of the
-    release. The result is the same, but for the attention weights, which are None then. Everything is computed at once
-    where gradients or the weights are asked for, and under torch.compile.
+    release. The result is the same, but for the attention weights, which are None then. With gradients the backward
+    pass computes each piece again, so that memory grows with the tokens and not with their square. Everything is
+    computed at once where the weights, or gradients of the mask, are asked for, and under torch.compile.
     """
 
     @wraps(attention)
@@ -43,35 +45,73 @@ def in_pieces(attention: Callable[..., AttentionOutput]) -> Callable[..., Attent
         **kwargs,
     ) -> AttentionOutput:
         (B, H, T, _), S = query.shape, key.shape[2]  # noqa: N806
-        wanted = kwargs.get("output_attentions", module.config.output_attentions)
         rows = max(16, SCORE_BYTES.get(query.device.type, SCORE_BYTES_ELSEWHERE) // (4 * B * H * S))
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or wanted or rows >= T:
+        wanted = kwargs.get("output_attentions", module.config.output_attentions)
+        learned = attention_mask is not None and attention_mask.requires_grad
+        if torch.compiler.is_compiling() or wanted or learned or rows >= T:
             return attention(module, query, key, value, attention_mask, **kwargs)
-        outputs = []
+        pieces = []
         for start in range(0, T, rows):
             piece, mask, visible = slice(start, start + rows), None, S
             if attention_mask is not None:
                 mask = attention_mask.expand(-1, -1, T, -1)[:, :, piece]
                 visible = visible_keys(mask)
                 mask = mask[..., :visible]
-            keys, values = key[:, :, :visible], value[:, :, :visible]
-            outputs.append(attention(module, query[:, :, piece], keys, values, mask, **kwargs)[0])
-        return torch.cat(outputs, dim=1), None
+            pieces.append((piece, visible, mask))
+        return Pieces.apply(partial(attention, module, **kwargs), pieces, query, key, value), None
 
     return forward
 
 
+class Pieces(torch.autograd.Function):
+    """The attention of some queries at a time, each with the keys that it sees, computed again for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Callable, pieces: list, query, key, value) -> torch.Tensor:
+        """pieces: slices of the queries, with the number of their keys and their mask. Gives B T H d."""
+        ctx.attention, ctx.pieces = attention, pieces
+        ctx.save_for_backward(query, key, value)
+        device = query.device.type
+        if torch.amp.is_autocast_available(device):  # the meta device, on which memory is measured, has none
+            ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        outputs = [
+            attention(query[:, :, piece], key[:, :, :visible], value[:, :, :visible], mask)[0]
+            for piece, visible, mask in pieces
+        ]
+        return torch.cat(outputs, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        for piece, visible, mask in ctx.pieces:
+            parts = [(slice(None), slice(None), piece), *[(slice(None), slice(None), slice(visible))] * 2]
+            with torch.enable_grad(), torch.autocast(query.device.type, **ctx.autocast):
+                inputs = [
+                    tensor[part].detach().requires_grad_()
+                    for tensor, part in zip((query, key, value), parts, strict=True)
+                ]
+                output, _ = ctx.attention(*inputs, mask)
+            found = torch.autograd.grad(output, inputs, gradient[:, piece])
+            for whole, part, new in zip(gradients, parts, found, strict=True):
+                whole[part] += new
+        return None, None, *gradients
+
+
 def paged(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
-    """`attention` for continuous batching, where the attention function updates the paged cache in some versions."""
-    if not ATTENTION_UPDATES_PAGED_CACHE:
-        return attention
+    """
+    `attention` for continuous batching, which passes a mask of its own. Transformers makes none for a forward pass
+    with `paged|eager`, which would attend to what follows.
+    """
 
     @torch.compiler.disable  # the paged cache is written in place, which functionalisation would copy whole
     def forward(module, query, key, value, attention_mask, **kwargs) -> AttentionOutput:
-        cache = kwargs.pop("cache", None)
-        if cache is None:
+        cache = kwargs.pop("cache", None)  # None where the attention module has updated it
+        if attention_mask is None or (cache is None and ATTENTION_UPDATES_PAGED_CACHE):
             raise ValueError("`paged|eager` is for continuous batching only; use `eager` for a forward pass.")
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        if cache is not None:
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     return forward
@@ -97,9 +137,14 @@ def causal_mask(
     past_key_values: Cache | None,
     position_ids: torch.Tensor,  # B T
 ):
-    """The mask of all layers, as the attention implementation of the config expects it."""
+    """The mask of all layers, as the attention implementation of the config expects it. Without an attention mask,
+    positions that begin again separate packed texts, also where an empty cache is to be filled."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
+    values_are_known = not inputs_embeds.is_meta and not torch.compiler.is_compiling()
+    empty = type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0
+    if attention_mask is None and values_are_known and empty:
+        past_key_values = None  # Transformers looks for packed texts only where there is no cache
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
@@ -107,6 +152,27 @@ def causal_mask(
         position_ids=position_ids,
         **cache_argument(past_key_values),
     )
+
+
+def positions(inputs_embeds: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The positions (1 T) of `inputs_embeds` (B T D): after the cache, or in each text of a packed batch."""
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
+    packed = packed_positions(length, device, kwargs)
+    if packed is not None:
+        return packed
+    return torch.arange(length, device=device)[None] + (cache.get_seq_length() if cache is not None else 0)
+
+
+def packed_positions(length: int, device: torch.device, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """
+    The positions (1 T) in a packed batch that says only where its texts begin, by FlashAttention's `cu_seq_lens_q`
+    (the sum of the lengths before each text, and of all), or None.
+    """
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None:
+        return None
+    index, starts = torch.arange(length, device=device), starts.flatten().to(device)
+    return (index - starts[torch.searchsorted(starts, index, right=True) - 1])[None]
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 """Grok-1's configuration. The defaults are the released 314B model."""
 
 import math
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -28,6 +29,9 @@ AUTO_MAP = {
     # Decisions are scored by any causal model's logits; `transformers serve` loads remote code under this name only.
     "AutoModelForDecision": "modeling_grok1.Grok1ForCausalLM",
 }
+
+# The same for mlx-lm; other engines ignore the key.
+MLX_FILE = "grok1_mlx.py"
 
 # Values that other ports offer and xAI's code does not have: field -> the only value that is implemented, and why.
 FIXED = {
@@ -200,6 +204,12 @@ class GrokConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = ["Grok1ForCausalLM"]
+        if "transformers.pipelines" in sys.modules:
+            # `pipeline("text-generation", FOLDER)` takes its class right after it has read the configuration, before
+            # the model's code is there. Registered here only then: importing the pipelines takes seconds.
+            from .pipeline_grok1 import register_text_generation
+
+            register_text_generation()
 
     def validate_architecture(self):
         """Refuse, all in one ValueError, what the model does not implement and what cannot be built."""
@@ -282,6 +292,7 @@ class GrokConfig(PreTrainedConfig):
         if "rope_theta" in (output.get("rope_parameters") or {}):
             output["rope_theta"] = output["rope_parameters"]["rope_theta"]
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
+        output["model_file"] = MLX_FILE
         return output
 
 

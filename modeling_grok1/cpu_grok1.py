@@ -182,11 +182,12 @@ def matmul_by_reduction(
     # more of the memory busy than one.
     streams = 4 if N % 4 == 0 else 1
     pieces = next(n for n in range(G, K + 1, G) if K % n == 0 and K // n <= REDUCED_VALUES)
-    row = computed_once(x.to(dtype)).unflatten(-1, (pieces, -1)).unsqueeze(1)
-    quarters = weight[experts].unflatten(-1, (pieces, -1)).chunk(streams, dim=1)  # each S N/4 pieces K/pieces
+    # Views, for Dynamo does not trace `Tensor.unflatten` within a TorchFunctionMode.
+    row = computed_once(x.to(dtype)).view(-1, 1, pieces, K // pieces)
+    quarters = weight[experts].view(-1, N, pieces, K // pieces).chunk(streams, dim=1)  # each S N/4 pieces K/pieces
     sums = torch.cat([(quarter.to(dtype) * row).sum(dim=-1) for quarter in quarters], dim=1)  # S N pieces
     if scale is not None:
-        sums = sums.unflatten(-1, (G, -1)).sum(dim=-1) * scale[experts].to(dtype)
+        sums = sums.view(-1, N, G, pieces // G).sum(dim=-1) * scale[experts].to(dtype)
     return sums.sum(dim=-1).to(x.dtype)
 
 

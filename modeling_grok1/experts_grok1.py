@@ -73,7 +73,11 @@ class Grok1Expert(nn.Module):
 
 
 class Grok1LinearExperts(nn.ModuleList):
-    """The experts of a layer as modules of their own: only the chosen ones are run, and read."""
+    """
+    The experts of a layer as modules of their own. Inference runs, and reads, only the chosen ones. In training all
+    take part, the others with no rows: DDP, FSDP and ZeRO expect the same gradients on every rank. So they do where
+    ZeRO-3 has cut their weights, which each rank gathers from all.
+    """
 
     def __init__(self, config: GrokConfig):
         super().__init__(Grok1Expert(config) for _ in range(config.num_experts))
@@ -83,7 +87,8 @@ class Grok1LinearExperts(nn.ModuleList):
     )
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `Grok1Experts.eager_forward`."""
-        return routed_sum(x, experts, gates, lambda e, rows: self[e](rows), len(self))
+        all_experts = self.training or hasattr(next(self.parameters()), "ds_id")
+        return routed_sum(x, experts, gates, lambda e, rows: self[e](rows), len(self), all_experts)
 
 
 def chosen_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -111,10 +116,10 @@ def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, g
         if on_cpu and one_row and not torch.is_grad_enabled():
             return chosen_experts_forward(self, x, experts, gates)
         return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
-    if not can_group(self, x):
-        return self.eager_forward(x, experts, gates)
-    if on_cpu and (one_row or x.shape[0] > GROUPED_ROWS_ON_CPU):
+    long_prompt = on_cpu and x.shape[0] > GROUPED_ROWS_ON_CPU
+    if long_prompt:
         keep_freed_memory()
+    if long_prompt or (on_cpu and one_row) or not can_group(self, x):
         return self.eager_forward(x, experts, gates)
     return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
 

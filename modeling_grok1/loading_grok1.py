@@ -5,6 +5,7 @@ because it would load something wrong, or leave the experts in full precision.
 """
 
 import copy
+import re
 from functools import partial
 from typing import Any
 
@@ -24,13 +25,17 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import expand_device_map, load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .configuration_grok1 import PREPARE_CONFIG, GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
+from .pipeline_grok1 import register_text_generation
 from .quantization_grok1 import INT4, INT8, Grok1Quantizer, own_config, quantization_method
 
+
+register_text_generation()
 
 logger = logging.get_logger(__name__)
 
@@ -92,6 +97,10 @@ ALIASES = [
     (r"\.linear\.", ".w1."),
     (r"\.linear_v\.", ".w3."),
     (r"\.linear_1\.", ".w2."),
+    # AutoRound, from linear experts
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.up_proj\.", ".w3."),
+    (r"\.down_proj\.", ".w2."),
 ]
 
 
@@ -146,7 +155,7 @@ class JoinHalves(Concatenate):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
         parts = [input_dict.get(pattern) for pattern in source_patterns]
         whole = getattr(parts[0], "_base", None)
-        if whole is not None and whole.ndim == parts[0].ndim:
+        if whole is not None and whole.ndim == parts[0].ndim and not whole.is_meta:
             halves = whole.split(whole.shape[self.dim] // 2, dim=self.dim)
             if len(halves) == len(parts) and all(map(torch.Tensor.is_set_to, parts, halves)):
                 return {self.get_target_pattern(target_patterns): whole}
@@ -174,6 +183,20 @@ def register_weight_names() -> None:
 
 
 register_weight_names()
+
+
+def register_class_names() -> None:
+    """
+    Enter the classes in Transformers' tables of class names, which the Auto classes do not fill. The Trainer shifts
+    the labels of smoothed losses, and model cards name a task, for the classes in these tables only. Idempotent.
+    """
+    for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        table = "_".join(re.findall("LM|[A-Z][a-z]+", head)).upper()
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        names[GrokConfig.model_type] = f"Grok1For{head}"
+
+
+register_class_names()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -324,7 +347,8 @@ def check_loaded(model: Any, loading_info: Any, load_config: Any) -> None:
 def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
     """
     Let `load_state_dict` read one matrix per expert, as `save_pretrained` writes them, into fused experts: those in
-    `state_dict` are copied, and replaced by the fused parameters where they are complete.
+    `state_dict` are copied, and replaced by the fused parameters where they are complete. Parameters on the meta
+    device are replaced by real ones with the dtype and device of what is read, as `assign=True` does.
 
     transformers.Trainer resumes so, and would keep the experts as they are
     (https://github.com/huggingface/transformers/issues/48805).
@@ -335,12 +359,13 @@ def load_expert_matrices(experts: Any, state_dict: dict[str, torch.Tensor], pref
         found = [key for row in keys for key in row if key in state_dict]
         if not found:
             continue
-        if weight.is_meta:  # to be assigned, so there is nothing to copy to
-            if len(found) == experts.num_experts * len(parts):
-                state_dict[f"{prefix}{name}"] = torch.stack(
-                    [torch.cat([state_dict.pop(key) for key in row]) for row in keys]
-                )
+        if weight.ndim != 3:  # cut by ZeRO-3, whose loader brings whole parameters
             continue
+        if weight.is_meta:  # to be assigned; what no file brings stays NaN
+            like = state_dict[found[0]]
+            values = torch.full(weight.shape, float("nan"), dtype=like.dtype, device=like.device)
+            weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+            setattr(experts, name, weight)
         for row, matrix in zip(keys, weight, strict=True):
             for key, part in zip(row, matrix.chunk(len(parts)), strict=True):
                 if key in state_dict:  # a file may end within a layer

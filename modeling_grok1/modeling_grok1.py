@@ -39,7 +39,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_grok1 import causal_mask, in_pieces, paged, warn_of_padding
+from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import fast_decoding
 from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, geglu, routed_sum, without_autocast
@@ -382,8 +382,7 @@ class Grok1Model(Grok1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
+            position_ids = positions(inputs_embeds, past_key_values, kwargs)
         warn_of_padding(input_ids, attention_mask, self.config.pad_token_id)
         mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
@@ -418,6 +417,10 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         self.output_multiplier = rounded_by_dtype(config.output_multiplier_scale)
         self.post_init()
 
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        return logits * self.output_multiplier[logits.dtype]
+
     @can_return_tuple
     def forward(
         self,
@@ -431,6 +434,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -440,6 +444,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
                 `loss` contains with the weight `router_aux_loss_coef`.
             logits_to_keep: compute the logits of this number of last positions (0: all), or of the given positions.
             cache: the same as `past_key_values`.
+            skip_logits: with labels, compute the loss a few rows at a time, and no `logits`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -454,11 +459,12 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        logits = logits * self.output_multiplier[logits.dtype]
-
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits and labels is not None else self.compute_logits(hidden_states)
         router_logits = outputs.router_logits if output_router_logits else None
-        loss, aux_loss = causal_lm_losses(self, logits, labels, router_logits, attention_mask, **kwargs)
+        loss, aux_loss = causal_lm_losses(
+            self, hidden_states, logits, labels, router_logits, attention_mask, position_ids, **kwargs
+        )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

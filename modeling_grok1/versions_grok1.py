@@ -36,6 +36,7 @@ KNOWN_ARGUMENTS = {
     *("block_table", "k_cache", "logits_indices", "logits_processor_args", "read_index", "v_cache", "write_index"),
     *("ignore_index", "shift_labels", "label_smoothing"),
     *("cache_position", "debug_io", "debug_io_dir", "prune_layers", "return_dict", "token_type_ids"),
+    *("assistant_tokenizer", "tokenizer"),  # `generate` passes its own on
 }
 
 

@@ -16,8 +16,10 @@ from modeling_grok1 import GrokConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Transformers' own tests and llama.cpp are run only when `make conformance` and `make interop` ask for them.
-collect_ignore = [name for name in ("conformance", "interop") if not os.environ.get(f"GROK1_{name.upper()}")]
+# Transformers' own tests, llama.cpp and vLLM are run only when `make conformance`, `interop` and `test-vllm` ask.
+# mlx-lm's run without this file, in `make test-mlx`.
+collect_ignore = [name for name in ("conformance", "interop", "vllm") if not os.environ.get(f"GROK1_{name.upper()}")]
+collect_ignore.append("mlx")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -1,4 +1,4 @@
-"""`grok1 adopt`: weights from another repository of Grok-1 to a hub folder."""
+"""`grok1 adopt`: weights of another Grok-1 repository to a hub folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 adopt hpcai-grok-1 grok-1-hf
+"""
+
+
 def adopt_command(
     folder: Annotated[Path, typer.Argument(help="A folder like hpcai-tech/grok-1 or keyfan/grok-1-hf.")],
     out: Annotated[Path, typer.Argument(help="Where to write: an empty folder, or none yet.")],
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
 ) -> None:
-    """Rewrite weights that others published (hpcai-tech's, keyfan's) into the layout of the hub folder, streaming."""
+    """Convert the weights of hpcai-tech/grok-1 or keyfan/grok-1-hf to the hub layout, streaming."""
     from grok1.cli.progress import byte_progress
     from grok1.conversion.adopt import adopt
 

@@ -10,12 +10,18 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 card grok-1-hf
+grok1 card grok-1-hf --json
+"""
+
+
 def card_command(
     folder: Annotated[Path, typer.Argument(help="A converted folder.", exists=True, file_okay=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
 ) -> None:
-    """Write the model card (README.md) of a converted folder from what its files say."""
+    """Write the model card (README.md) of a converted folder from its files."""
     from grok1.errors import ConversionError
     from grok1.model_card.card import CARD_NAME, card_facts, is_card, write_card
 

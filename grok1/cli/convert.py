@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
     from grok1.conversion.dry_run import Forecast
 
+EXAMPLES = """
+grok1 convert grok-1 grok-1-hf
+grok1 convert grok-1 grok-1-int8 --dtype int8
+grok1 convert grok-1 grok-1-hf --dry-run
+grok1 convert hf://xai-org/grok-1 grok-1-hf --discard-source --push-to USER/grok-1-hf --discard-output
+"""
+
 
 def convert_command(
     source: Annotated[
@@ -31,10 +38,10 @@ def convert_command(
         str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai or keyfan.")
     ] = "hub",
     config: Annotated[
-        Path | None, typer.Option(help="config.json; by default the one beside CKPT, or the release's.")
+        Path | None, typer.Option(help="config.json; default: the one beside CKPT, or the release's.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; by default the one beside CKPT.")] = None,
-    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Go on without a tokenizer.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one beside CKPT.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
     group_size: Annotated[
         int | None, typer.Option(help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32.")
@@ -53,13 +60,13 @@ def convert_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print shards, disk, memory and time; works without the files too.")
     ] = False,
-    jobs: Annotated[int | None, typer.Option(help="Worker threads; by default one a core.", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker threads; default: one per core.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to continue after a break."""
+    """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to resume."""
     from rich.console import Console
 
-    from grok1.cli.progress import byte_progress
+    from grok1.cli.progress import byte_progress, duration
     from grok1.conversion.convert import convert
     from grok1.conversion.dry_run import forecast
 
@@ -99,26 +106,18 @@ def convert_command(
 
 
 def show_forecast(found: Forecast, console: Console) -> None:
-    """Prints what a conversion would come to."""
+    """Print what a conversion would write, and what it needs."""
+    from grok1.cli.progress import duration
+
     for name, nbytes in found.shards.items():
         console.print(f"{name}  {nbytes:>16,} bytes")
     console.print(f"from       {found.source}")
     console.print(f"output     {len(found.shards)} shards, {found.nbytes:,} bytes")
     short = "" if found.free_bytes >= found.needed_bytes else f": {found.needed_bytes - found.free_bytes:,} too few"
     console.print(f"disk       {found.needed_bytes:,} bytes needed, {found.free_bytes:,} free{short}")
-    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, and whatever the page cache likes")
+    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, plus the page cache")
     if found.bytes_per_second is None or found.seconds is None:
         console.print("time       unknown: nothing can be written there")
     else:
         rate = found.bytes_per_second / 1e6
-        console.print(
-            f"time       about {duration(found.seconds)}, at {rate:,.0f} MB of output a second measured here"
-        )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 12 min, 3 h 05 min."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+        console.print(f"time       about {duration(found.seconds)}, at {rate:,.0f} MB/s of output, measured here")

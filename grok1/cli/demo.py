@@ -1,45 +1,53 @@
-"""`grok1 demo`: the whole way, from the bundled checkpoint in xAI's format to generated text."""
+"""`grok1 demo`: convert the bundled checkpoint, load it and generate text."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from grok1.demo.passages import Generated
+
+EXAMPLES = """
+grok1 demo
+grok1 demo --out grok-1-hf
+"""
 SHOWN = 3  # passages that are printed; all are checked
 
 
 def demo_command(
     out: Annotated[Path | None, typer.Option(help="Keep the converted folder here.", file_okay=False)] = None,
 ) -> None:
-    """Convert the bundled checkpoint, load it, and let it recite Shakespeare."""
-    with as_file(files("grok1") / "demo") as checkpoint:
+    """Convert the bundled checkpoint, load it, and generate passages of Shakespeare."""
+    from grok1.demo import passages
+
+    with passages.bundled_checkpoint() as checkpoint:
         if out is not None:
-            recite(checkpoint, out)
+            run_demo(checkpoint, out)
+            typer.echo(f'\nKept in {out}. Next: grok1 generate {out} "Now is the winter of our"')
             return
         with tempfile.TemporaryDirectory(prefix="grok1-demo-") as folder:
-            recite(checkpoint, Path(folder) / "grok-1-demo")
+            run_demo(checkpoint, Path(folder) / "grok-1-demo")
 
 
-def recite(checkpoint: Path, folder: Path) -> None:
-    """Convert `checkpoint` to `folder` and print what the model says. Exits with 1 unless it is word for word."""
+def run_demo(checkpoint: Path, folder: Path) -> None:
+    """Convert `checkpoint` to `folder` and print what the model generates. Exits with 1 unless all of it is exact."""
     import torch
     from rich.console import Console
-    from rich.text import Text
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
     from transformers.utils import logging
 
-    import modeling_grok1  # noqa: F401  (registers the classes)
     from grok1.analysis.routing import load_bars, routing_statistics
     from grok1.conversion.convert import convert
+    from grok1.demo.passages import generate_passages, read_passages
 
-    torch.set_num_threads(1)  # matrices this small lose more by waking threads than they gain
+    torch.set_num_threads(1)  # matrices this small gain nothing from threads
     logging.disable_progress_bar()
     console = Console(highlight=False)
     start = time.perf_counter()
@@ -49,47 +57,52 @@ def recite(checkpoint: Path, folder: Path) -> None:
         f"-> {len(list(folder.iterdir()))} files for the hub, {time.perf_counter() - start:.1f} s",
         soft_wrap=True,
     )
+    model, tokenizer = load(folder, console)
+    passages = read_passages(checkpoint)
+    generated = generate_passages(model, tokenizer, passages)
+    print_passages(generated, console)
+    ids = tokenizer(passages[0].text, return_tensors="pt")["input_ids"]
+    title = f"Expert load by layer, {model.config.num_experts} experts, for {passages[0].opening!r}"
+    console.print(f"{title} (a full block: twice the uniform share):", soft_wrap=True)
+    console.print(load_bars(routing_statistics(model, ids)), markup=False, soft_wrap=True)
+    if generated.exact < len(passages):
+        raise typer.Exit(1)
+
+
+def load(folder: Path, console: Console) -> tuple[Any, Any]:
+    """Load the model and its tokenizer, and print the model's sizes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_grok1  # noqa: F401  (registers the classes)
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     config = model.config
     console.print(
         f"[bold]from_pretrained[/bold] {model.num_parameters():,} parameters, {config.num_hidden_layers} layers, "
-        f"{config.num_experts_per_tok} of {config.num_experts} experts a token, "
+        f"{config.num_experts} experts ({config.num_experts_per_tok} active per token), "
         f"{str(model.dtype).removeprefix('torch.')}, {model.get_memory_footprint() / 1e6:.1f} MB, "
         f"{time.perf_counter() - start:.1f} s\n",
         soft_wrap=True,
     )
+    return model, tokenizer
 
-    passages = json.loads((checkpoint / "passages.json").read_text(encoding="utf-8"))
-    openings = [passage["opening"] for passage in passages]
-    wholes = [passage["opening"] + passage["continuation"] for passage in passages]
-    lengths = [len(ids) for ids in tokenizer(wholes)["input_ids"]]
-    steps = max(lengths) - min(len(ids) for ids in tokenizer(openings)["input_ids"])
-    start = time.perf_counter()
-    outputs = generator(openings, batch_size=len(openings), max_new_tokens=steps, do_sample=False)
-    seconds = time.perf_counter() - start
 
-    exact = 0
-    for i, (passage, whole, output) in enumerate(zip(passages, wholes, outputs, strict=True)):
-        said = output[0]["generated_text"][len(passage["opening"]) : len(whole)]
-        verbatim = said == passage["continuation"]
-        exact += verbatim
-        if i < SHOWN or not verbatim:
-            console.print(Text.assemble((passage["opening"], "bold"), (said, "green" if verbatim else "red")))
-            verdict = f"{len(said.split())} words, word for word" if verbatim else "not word for word"
-            console.print(f"    ({passage['source']}: {verdict})\n", style="dim", soft_wrap=True)
+def print_passages(generated: Generated, console: Console) -> None:
+    """The first passages and every one that is not exact, then the verdict."""
+    from rich.text import Text
+
+    for i, (passage, text) in enumerate(zip(generated.passages, generated.continuations, strict=True)):
+        exact = text == passage.continuation
+        if i < SHOWN or not exact:
+            console.print(Text.assemble((passage.opening, "bold"), (text, "green" if exact else "red")))
+            verdict = f"{len(text.split())} words, word for word" if exact else "not word for word"
+            console.print(f"    ({passage.source}: {verdict})\n", style="dim", soft_wrap=True)
+    count = len(generated.passages)
     console.print(
-        f"{exact} of {len(passages)} passages word for word; {len(passages) * steps / seconds:.0f} tokens/s in a "
-        f"batch of {len(passages)}\n",
+        f"{generated.exact} of {count} passages word for word; {generated.tokens_per_second:.0f} tokens/s in a "
+        f"batch of {count}\n",
         style="bold",
         soft_wrap=True,
     )
-
-    ids = tokenizer(wholes[0], return_tensors="pt")["input_ids"]
-    console.print(f"Which of the {config.num_experts} experts spoke {openings[0]!r}:", soft_wrap=True)
-    console.print(load_bars(routing_statistics(model, ids)), markup=False, soft_wrap=True)
-    if exact < len(passages):
-        raise typer.Exit(1)

@@ -8,12 +8,17 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 export-xai grok-1-hf exported
+"""
+
+
 def export_xai_command(
     folder: Annotated[Path, typer.Argument(help="A converted folder, in any layout.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Argument(help="Where to write ckpt-0/: an empty folder, or none yet.")],
     scale_blocks: Annotated[
         int,
-        typer.Option(help="Row blocks with scales of their own (the release: 8). Int8 folders keep theirs.", min=1),
+        typer.Option(help="Scale blocks per matrix (the release: 8). Int8 folders keep theirs.", min=1),
     ] = 8,
 ) -> None:
     """Write a converted folder in xAI's format: int8 and float32 byte for byte, the rest quantised again (lossy)."""

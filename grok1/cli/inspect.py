@@ -1,4 +1,4 @@
-"""`grok1 inspect`: what lies in a folder of xAI's checkpoint."""
+"""`grok1 inspect`: the contents of a folder with xAI's checkpoint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 inspect grok-1
+grok1 inspect grok-1 --json
+"""
+
+
 def inspect_command(
     source: Annotated[
         Path, typer.Argument(help="The checkpoint: the folder with its files, or the one above.", exists=True)
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Look at a checkpoint, whole or half downloaded: kinds, counts, shapes, what is missing or damaged."""
+    """Show a complete or partial checkpoint: kinds, counts, shapes, missing and damaged files."""
     from rich.console import Console
     from rich.table import Table
 

@@ -8,14 +8,20 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 push grok-1-hf USER/grok-1-hf --dry-run
+grok1 push grok-1-hf USER/grok-1-hf --private
+"""
+
+
 def push_command(
     folder: Annotated[Path, typer.Argument(help="A converted folder.", exists=True, file_okay=False)],
     repo: Annotated[str, typer.Argument(help="Repository on the hub: USER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; send nothing.")] = False,
 ) -> None:
-    """Check a converted folder and upload it to the hub; after a break, the same command goes on."""
+    """Check a converted folder and upload it to the hub; after an interruption, the same command resumes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -44,12 +50,12 @@ def push_command(
         soft_wrap=True,
     )
     if dry_run:
-        console.print("Dry run: the folder is fit to send; nothing was sent.", highlight=False, soft_wrap=True)
+        console.print("Dry run: the folder is complete; nothing was sent.", highlight=False, soft_wrap=True)
         return
     try:
         address = push_folder(folder, repo, private=private, revision=revision)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{repo} holds what was committed so far and no card yet; the same command goes on from there."
+            f"{repo} holds what was committed so far and no card yet; the same command resumes from there."
         ) from None
     console.print(address, highlight=False, soft_wrap=True)

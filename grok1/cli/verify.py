@@ -9,6 +9,12 @@ from typing import Annotated
 import typer
 
 
+EXAMPLES = """
+grok1 verify grok-1
+grok1 verify grok-1-hf --against grok-1
+"""
+
+
 def verify_command(
     folder: Annotated[
         Path, typer.Argument(help="xAI's checkpoint, or with --against a converted folder.", exists=True)
@@ -16,9 +22,9 @@ def verify_command(
     against: Annotated[
         Path | None, typer.Option(help="The checkpoint that FOLDER was converted from.", exists=True)
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Files at once; by default one a core.", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Files at once; default: one per core.", min=1)] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Where to remember checked files; by default a hidden file in FOLDER.")
+        Path | None, typer.Option(help="Where to record checked files; default: a hidden file in FOLDER.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="With --against: the config that the conversion was given.", exists=True)
@@ -56,10 +62,10 @@ def _verify_source(folder: Path, jobs: int | None, state: Path | None, as_json: 
     for name in found.missing:
         console.print(f"  - {name}: missing")
     again = f" ({found.remembered} remembered from {found.state})" if found.remembered else ""
-    console.print(f"{found.folder}: {found.right} files are as published, {found.nbytes:,} bytes{again}")
+    console.print(f"{found.folder}: {found.right} files match the published sums, {found.nbytes:,} bytes{again}")
     if not found.is_whole:
         console.print(
-            f"{len(found.problems)} are not, {len(found.missing)} are missing: fetch these again.", style="red"
+            f"{len(found.problems)} do not match, {len(found.missing)} are missing: download these again.", style="red"
         )
         raise typer.Exit(1)
 
@@ -72,7 +78,7 @@ def _verify_output(
     from grok1.cli.progress import byte_progress
     from grok1.conversion.verify_output import verify_output
 
-    with byte_progress("Re-deriving every tensor") as progress:
+    with byte_progress("Recomputing every tensor") as progress:
         problems = verify_output(folder, against, config=config, tokenizer=tokenizer, jobs=jobs, progress=progress)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "against": str(against), "problems": problems}, indent=2))
@@ -83,4 +89,4 @@ def _verify_output(
     if problems:
         console.print(f"{folder}: {len(problems)} problems", style="red")
         raise typer.Exit(1)
-    console.print(f"{folder}: every tensor is what {against} gives, bit for bit")
+    console.print(f"{folder}: every tensor is bit-identical to a conversion of {against}")

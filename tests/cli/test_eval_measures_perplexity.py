@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import grok1
-from grok1.analysis.evaluate import QUANTIZE, evaluate, load, stored_bytes, windows
+from grok1.analysis.evaluate import evaluate, load, stored_bytes, windows
 from grok1.cli import app
 from grok1.conversion.convert import convert
+from grok1.precision import PRECISIONS
+from modeling_grok1 import GrokConfig
 
 
 DEMO = Path(grok1.__file__).parent / "demo"
@@ -69,9 +71,9 @@ def test_perplexity_and_agreement_are_those_of_a_direct_computation(folders: dic
 
 def test_int8_has_the_perplexity_of_the_float32_conversion(folders: dict[str, Path]) -> None:
     expected = evaluate(folders["float32"], TEXT, context=CONTEXT)
-    found = evaluate(folders["int8"], TEXT, dtype="float32", context=CONTEXT)
+    found = evaluate(folders["int8"], TEXT, precision="float32", context=CONTEXT)
     assert f"{found.perplexity:.6f}" == f"{expected.perplexity:.6f}"
-    assert found.precision == "grok1_int8 in float32"
+    assert found.precision == "int8 in float32"
     assert found.agreement is None
 
 
@@ -80,13 +82,15 @@ def test_a_model_agrees_with_itself(folders: dict[str, Path]) -> None:
     assert found.agreement == 1.0
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
-def test_every_precision_is_measured_and_smaller(folders: dict[str, Path], quantize: str) -> None:
+@pytest.mark.parametrize("precision", [row.name for row in PRECISIONS.values() if row.quantization is not None])
+def test_every_precision_is_measured_and_smaller(folders: dict[str, Path], precision: str) -> None:
     plain = evaluate(folders["bfloat16"], TEXT, context=CONTEXT)
-    found = evaluate(folders["bfloat16"], TEXT, quantize=quantize, context=CONTEXT, against=folders["bfloat16"])
-    limit = 0.53 if quantize.startswith("int8") else 0.32  # the embedding stays in bfloat16
-    assert found.bytes < limit * plain.bytes
-    assert found.perplexity == pytest.approx(plain.perplexity, rel=0.03 if quantize.startswith("int8") else 0.25)
+    found = evaluate(folders["bfloat16"], TEXT, precision=precision, context=CONTEXT, against=folders["bfloat16"])
+    config = GrokConfig.from_pretrained(folders["bfloat16"])
+    embedding = 2 * config.vocab_size * config.hidden_size  # bytes that stay in bfloat16
+    limit = 0.52 if precision.startswith("int8") else 0.29  # with the scales
+    assert found.bytes - embedding < limit * (plain.bytes - embedding)
+    assert found.perplexity == pytest.approx(plain.perplexity, rel=0.03 if precision.startswith("int8") else 0.25)
     assert found.agreement is not None and found.agreement > 0.75
 
 
@@ -110,8 +114,8 @@ def test_windows_do_not_overlap_and_predict_something() -> None:
     ("options", "message"),
     [
         ({"context": 513}, "at most the model's 512, found 513"),
-        ({"quantize": "int4"}, "`quantize`: expected one of int8, .*found 'int4'"),
-        ({"dtype": "float16"}, "`dtype`: expected one of auto, float32, bfloat16, found 'float16'"),
+        ({"precision": "float16"}, "`precision`: expected one of float32, bfloat16, .*found 'float16'"),
+        ({"precision": "bnb-8bit"}, "`precision`: 'bnb-8bit' is called 'int8-bnb' here"),
     ],
 )
 def test_options_are_refused(folders: dict[str, Path], options: dict, message: str) -> None:
@@ -136,5 +140,5 @@ def test_the_command_prints_figures_or_json(folders: dict[str, Path], tmp_path: 
     assert found["perplexity"] == expected.perplexity
     assert 0.9 < found["agreement"] < 1
 
-    result = CliRunner().invoke(app, [*common, "--dtype", "int8"])
-    assert result.exit_code == 2
+    result = CliRunner().invoke(app, [*common, "--precision", "bnb-4bit"])
+    assert result.exit_code == 2 and "is called 'nf4' here" in result.output

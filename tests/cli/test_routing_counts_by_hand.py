@@ -11,17 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grok1.analysis import routing
-from grok1.analysis.routing import (
-    PALETTE,
-    RoutingStatistics,
-    load_bars,
-    readable,
-    routing_figure,
-    routing_page,
-    routing_statistics,
-    save_figure,
-)
+from grok1.analysis.figures import PALETTE, routing_figure, save_figure
+from grok1.analysis.page import routing_page, span
+from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
 from grok1.cli import app
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
 
@@ -112,7 +104,7 @@ def test_the_linear_layout_routes_the_same(model, tmp_path):
 
 
 def test_a_row_longer_than_the_context_is_refused(model):
-    with pytest.raises(ValueError, match="expected at most 12 tokens a row, found 13"):
+    with pytest.raises(ValueError, match="expected at most 12 tokens per row, found 13"):
         routing_statistics(model, torch.zeros(1, 13, dtype=torch.long))
 
 
@@ -139,11 +131,11 @@ def test_the_picture_has_the_same_bytes_every_time(model, tmp_path):
 def test_the_picture_shows_the_numbers(four_tokens):
     figure = routing_figure(four_tokens, ["a", " b", "\n", "a long token"], "Title")
     axes = {axis.get_title(): axis for part in figure.subfigs for axis in part.axes}
-    load = axes["Load: share of a layer's visits"]
+    load = axes["Expert load (% of a layer's assignments)"]
     assert load.images[0].get_array().tolist() == [[37.5, 12.5, 37.5, 12.5]]
     assert [text.get_text() for text in load.texts] == ["38%", "12%", "38%", "12%"]
-    assert axes["Entropy of the router"].lines[0].get_xdata().tolist() == [1.0]
-    strip = axes["A passage: the first expert of every token"]
+    assert axes["Router entropy (bits)"].lines[0].get_xdata().tolist() == [1.0]
+    strip = axes["Top-1 expert of each token of a passage"]
     assert strip.images[0].get_array().tolist() == [[0, 2, 0, 3]]
     assert [label.get_text() for label in strip.get_xticklabels()] == ["a", "·b", "⏎", "a·long·to…"]
     assert figure.get_suptitle() == "Title"
@@ -183,7 +175,7 @@ def contrast(a: str, b: str) -> float:
 
 def test_the_writing_on_every_colour_can_be_read():
     for expert, colour in enumerate(PALETTE):
-        ink = re.search(r"color:(#\w+)\"", routing._span("x", expert, "h"))[1]
+        ink = re.search(r"color:(#\w+)\"", span("x", expert, "h"))[1]
         assert contrast(colour, ink) >= 4.5, colour
 
 

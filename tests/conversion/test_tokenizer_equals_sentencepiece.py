@@ -1,4 +1,6 @@
-"""The converted tokenizer gives SentencePiece's ids and SentencePiece's text for any string, through AutoTokenizer."""
+"""The converted tokenizer gives SentencePiece's ids and SentencePiece's text for any string, through AutoTokenizer.
+
+SentencePiece reads the spelling of a special token as text: `split_special_tokens=True`."""
 
 import json
 import random
@@ -92,7 +94,7 @@ def pair(request, tmp_path_factory) -> Pair:
     folder = tmp_path_factory.mktemp(request.param)
     convert_tokenizer(source, folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    return Pair(reference, AutoTokenizer.from_pretrained(folder), folder)
+    return Pair(reference, AutoTokenizer.from_pretrained(folder, split_special_tokens=True), folder)
 
 
 def differences(reference, tokenizer, strings: list[str]) -> list[tuple]:
@@ -137,19 +139,24 @@ def test_the_comparison_sees_a_wrong_pipeline(tmp_path):
     right = json.loads((tmp_path / "tokenizer.json").read_text())
     wrong = [right | {part: None} for part in ("pre_tokenizer", "normalizer", "decoder")]
     wrong.append(right | {"model": right["model"] | {"ignore_merges": False}})
-    # Without the cut that keeps the spelling of a special token from being taken for the token.
-    first_split_only = right["pre_tokenizer"]["pretokenizers"][0]
-    wrong.append(right | {"pre_tokenizer": first_split_only})
+    # Without the prefix, without its "▁", without the user-defined pieces, and without the cut that keeps the spelling
+    # of a special token from being taken for the token.
+    steps = right["pre_tokenizer"]["pretokenizers"]
+    assert [step["type"] for step in steps] == ["Metaspace", "Metaspace", "Split", "Split"]
+    for i in range(len(steps)):
+        wrong.append(right | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps[:i] + steps[i + 1 :]}})
     for data in wrong:
         (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-        broken = AutoTokenizer.from_pretrained(tmp_path)
+        broken = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
         assert differences(reference, broken, [*FRAGMENTS, *(f"\n{text}\n" for text in FRAGMENTS)])
 
 
 def test_special_tokens_in_text_are_text(pair):
+    by_default = AutoTokenizer.from_pretrained(pair.folder)
     for text in ("[PAD]", "\n[PAD]\n", "[BOS][EOS]", "\n[UNK]\n[EOS]"):
         ids = pair.tokenizer(text)["input_ids"]
         assert ids == pair.reference.encode(text)
+        assert by_default(text, split_special_tokens=True)["input_ids"] == ids  # for one call
         assert not {0, 1, 2, 3} & set(ids)
         assert pair.tokenizer.decode(ids, skip_special_tokens=True) == text
 

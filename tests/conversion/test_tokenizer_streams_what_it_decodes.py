@@ -1,6 +1,6 @@
-"""Tokens streamed one by one give the text that they decode to, characters split over tokens included."""
+"""Transformers' streamers give the text that the tokens decode to, one token at a time, split characters included.
+They decode each line by itself, so they need the additive decoder."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, TextIteratorStreamer, TextStreamer
 
 from grok1.conversion.tokenizer import convert_tokenizer
-from grok1.serving.text_streaming import LineTextIteratorStreamer, LineTextStreamer
+from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
 
 DEMO = Path(__file__).resolve().parents[2] / "grok1" / "demo" / "tokenizer.model"
@@ -18,7 +18,7 @@ TEXTS = [
     "你😀好😀😀 👩‍👩‍👧‍👦🇨🇭 ❤️ é e\u0301 naïve Привет שלום مرحبا",
     "if x:\n    return 0\n\n\n        y\n\tz\n # a\n  \n",
     "  two spaces in front, and behind  ",
-    "[PAD] <s> <|mask|>\x00\ufeff\u200d tabs\t\t\n",
+    "a [PAD] <s> <|mask|>\x00\ufeff\u200d tabs\t\t\n",
     "\n",
     " \n \n  \n",
     "a",
@@ -33,7 +33,13 @@ def tokenizer(request, tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def iterated(streamer, ids: list[int], prompt: int) -> str:
+@pytest.fixture(scope="module")
+def additive(tokenizer):
+    return continuation_tokenizer(tokenizer)
+
+
+def iterated(additive, ids: list[int], prompt: int, **options) -> str:
+    streamer = TextIteratorStreamer(additive, **options)
     streamer.put(torch.tensor([ids[:prompt]]))
     for token in ids[prompt:]:
         streamer.put(torch.tensor([token]))
@@ -42,50 +48,45 @@ def iterated(streamer, ids: list[int], prompt: int) -> str:
 
 
 @pytest.mark.parametrize("prompt", [1, 3])
-def test_streamed_text_is_the_decoded_text(tokenizer, prompt):
+def test_streamed_text_is_the_decoded_text(tokenizer, additive, prompt):
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
-        assert iterated(LineTextIteratorStreamer(tokenizer), ids, prompt) == text
-        assert iterated(LineTextIteratorStreamer(tokenizer, skip_special_tokens=True), ids, prompt) == text
+        assert iterated(additive, ids, prompt) == f" {text}"
+        assert iterated(additive, ids, prompt, skip_special_tokens=True) == f" {text}".replace("[PAD]", "")
 
 
-def test_a_skipped_prompt_leaves_what_follows_it(tokenizer):
+def test_a_skipped_prompt_leaves_what_follows_it(tokenizer, additive):
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         for prompt in range(1, len(ids)):
             said = tokenizer.decode(ids[:prompt])
             if text.startswith(said):  # the cut is not inside a character
-                assert (
-                    iterated(LineTextIteratorStreamer(tokenizer, skip_prompt=True), ids, prompt) == text[len(said) :]
-                )
+                assert iterated(additive, ids, prompt, skip_prompt=True) == text[len(said) :]
 
 
-def test_the_printing_streamer_prints_it(tokenizer, capsys):
+def test_the_printing_streamer_prints_it(tokenizer, additive, capsys):
     for text in TEXTS:
-        streamer = LineTextStreamer(tokenizer)
+        streamer = TextStreamer(additive)
         for token in tokenizer(text)["input_ids"]:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        assert capsys.readouterr().out == text + "\n"
+        assert capsys.readouterr().out == f" {text}\n"
 
 
-def test_transformers_own_streamers_lose_one_space_a_line_and_nothing_else(tokenizer, capsys):
-    """They flush after a newline, and decoding what follows cannot know that its space is not the dummy prefix."""
+def test_the_decoder_of_whole_texts_would_lose_one_space_a_line(tokenizer, capsys):
+    """What the tests above see: after a newline it takes a space for the dummy prefix."""
     for text in TEXTS:
-        ids = tokenizer(text)["input_ids"]
-        expected = re.sub("\n ", "\n", text)
-        assert iterated(TextIteratorStreamer(tokenizer), ids, 1) == expected
         streamer = TextStreamer(tokenizer)
-        for token in ids:
+        for token in tokenizer(text)["input_ids"]:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        assert capsys.readouterr().out == expected + "\n"
+        assert capsys.readouterr().out == text.replace("\n ", "\n") + "\n"
 
 
-def test_text_comes_while_it_is_generated(tokenizer):
+def test_text_comes_while_it_is_generated(tokenizer, additive):
     """Whole words are given out as soon as the next one begins."""
-    streamer = LineTextIteratorStreamer(tokenizer)
+    streamer = TextIteratorStreamer(additive)
     for token in tokenizer("one two three four")["input_ids"]:
         streamer.put(torch.tensor([token]))
-    assert "".join(streamer.text_queue.queue).startswith("one two ")
+    assert "".join(streamer.text_queue.queue).startswith(" one two ")

@@ -21,9 +21,9 @@ def test_all_implementations_agree(load, reference, dtype, tolerance):
     golden = reference("tiny-1", "fp32")
     inputs = {"input_ids": golden.tokens, "attention_mask": golden.attention_mask}
     model = load(dtype)
-    assert model.get_experts_implementation() == {"": "grouped_mm"}  # what a user gets
-    logits = {"grouped_mm": model(**inputs).logits}
-    for implementation in ("eager", "batched_mm"):
+    assert model.get_experts_implementation() == {"": "grok1"}  # what a user gets
+    logits = {"grok1": model(**inputs).logits}
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
         model.set_experts_implementation(implementation)
         logits[implementation] = model(**inputs).logits
     logits["linear"] = load(dtype, experts_layout="linear")(**inputs).logits
@@ -38,6 +38,7 @@ def test_an_unknown_implementation_is_refused(load):
 
 
 def test_decoding_off_cpu_does_not_switch_to_batched_mm(small_config, monkeypatch):
+    small_config._experts_implementation = "grouped_mm"
     model = Grok1ForCausalLM(small_config)
     monkeypatch.setattr(Grok1ForCausalLM, "device", torch.device("cuda"))
     with GenerationMixin._optimize_model_for_decode(model):  # what would happen

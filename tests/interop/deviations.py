@@ -5,10 +5,11 @@ All of it is for models with linear experts in float32 (`experts_layout="linear"
 
 import torch
 import torch.nn.functional as F
+from activations import replace_activation
 from torch import nn
 
 from modeling_grok1 import Grok1ForCausalLM
-from modeling_grok1.modeling_grok1 import Grok1Expert, Grok1TopKRouter
+from modeling_grok1.modeling_grok1 import Grok1TopKRouter
 
 
 BLOCK = 32  # of q8_0: so many values share a scale
@@ -24,9 +25,7 @@ class TableGELU(nn.Module):
 
 def look_up_gelu(model: Grok1ForCausalLM) -> Grok1ForCausalLM:
     """GELU from ggml's table of float16 numbers."""
-    for module in model.modules():
-        if isinstance(module, Grok1Expert):
-            module.act_fn = TableGELU()
+    replace_activation(model, TableGELU())
     return model
 
 

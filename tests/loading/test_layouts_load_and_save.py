@@ -223,7 +223,9 @@ def test_every_class_saves_and_loads_itself(converted, tmp_path, auto_class, lay
     assert all(name.endswith((".w1.weight", ".w2.weight", ".w3.weight")) for name in experts)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "grok-1"
-    assert config["auto_map"][auto_class.__name__] == f"modeling_grok1.{type(model).__name__}"
+    file = type(model).__module__.rpartition(".")[2]
+    assert config["auto_map"][auto_class.__name__] == f"{file}.{type(model).__name__}"
+    assert (tmp_path / f"{file}.py").is_file()
 
 
 def test_a_base_model_becomes_a_language_model(converted, tmp_path):

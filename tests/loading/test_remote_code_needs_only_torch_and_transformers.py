@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 SCRIPT = """
@@ -139,7 +139,7 @@ def test_it_is_the_folders_code_that_runs(elsewhere, which):
     assert report["config"].endswith(".configuration_grok1")
     assert report["clean"]
     assert report["layouts"] == ["fused", "linear"]
-    assert report["implementation"] == ["eager", "grouped_mm"]  # its source is read for both
+    assert report["implementation"] == ["eager", "grok1"]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["converted", "saved again"])
@@ -163,6 +163,7 @@ def test_saving_keeps_the_code_and_the_weights(elsewhere, converted, read_tensor
     original = converted("tiny-1", "float32")
     code = {file.name: file.read_text() for file in original.glob("*.py")}
     assert {"configuration_grok1.py", "modeling_grok1.py"} <= code.keys()
+    del code["heads_grok1.py"]  # saved with the models that have those heads
     config = json.loads((original / "config.json").read_text())
     tensors = read_tensors(original)
     for _, _, saved in elsewhere:  # the first by the linear layout, the second by the fused one
@@ -175,7 +176,9 @@ def test_saving_keeps_the_code_and_the_weights(elsewhere, converted, read_tensor
 
 def test_the_package_saves_the_same_code(converted, tmp_path):
     folder = converted("tiny-1", "float32")
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    assert {file.name: file.read_text() for file in tmp_path.glob("*.py")} == {
-        file.name: file.read_text() for file in folder.glob("*.py")
-    }
+    code = {file.name: file.read_text() for file in folder.glob("*.py")}
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "heads")
+    assert {file.name: file.read_text() for file in (tmp_path / "heads").glob("*.py")} == code
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "model")
+    del code["heads_grok1.py"]
+    assert {file.name: file.read_text() for file in (tmp_path / "model").glob("*.py")} == code

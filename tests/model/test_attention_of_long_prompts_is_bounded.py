@@ -93,7 +93,7 @@ def test_a_prompt_after_a_cache_is_computed_in_pieces_too(model, monkeypatch):
     torch.testing.assert_close(model(ids[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-12)
 
 
-def test_weights_and_gradients_are_whole(model, monkeypatch):
+def test_weights_are_whole(model, monkeypatch):
     ids = torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(2))
     monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 1)
     with torch.no_grad():
@@ -103,13 +103,61 @@ def test_weights_and_gradients_are_whole(model, monkeypatch):
         again = model(ids).attentions
         model.config.output_attentions = False
     assert all(torch.equal(one, other) for one, other in zip(attentions, again, strict=True))
-    gradients = []
-    for nbytes in (1, 2**30):
+
+
+def gradients_of(model, batch, checkpointed=False):
+    model.train().zero_grad()
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("rows", [16, 99])
+def test_pieces_give_the_gradients_of_the_whole(model, monkeypatch, rows, padding, checkpointed):
+    B, T = 2, 100  # noqa: N806
+    ids = torch.randint(3, 96, (B, T), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids, "attention_mask": mask_of(B, T, padding)}
+    expected = gradients_of(model, batch)
+    calls = []
+    watch(monkeypatch, lambda query, key: calls.append(query.shape[2]))
+    monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", 4 * B * model.config.num_attention_heads * T * rows)
+    actual = gradients_of(model, batch, checkpointed)
+    times = 3 if checkpointed else 2  # forward, again under a checkpoint, and again for the gradients
+    assert len(calls) == times * model.config.num_hidden_layers * -(-T // rows)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_gradients_of_autocast_are_those_of_the_whole(model, monkeypatch):
+    model, ids = model.float(), torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(2))
+    found = []
+    for nbytes in (2**30, 1):
         monkeypatch.setitem(attention_grok1.SCORE_BYTES, "cpu", nbytes)
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
-    assert torch.equal(*gradients)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients_of(model, {"input_ids": ids}))
+    for name, gradient in found[0].items():
+        assert found[1][name].dtype == gradient.dtype
+        assert (found[1][name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+def test_scores_are_not_kept_for_the_backward_pass(model):
+    """Bytes that autograd keeps, for twice the tokens: little more than twice, where scores would be four times."""
+    kept = []
+    for T in (500, 1000):  # noqa: N806
+        seen: dict[int, int] = {}
+
+        def keep(tensor, seen=seen):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model.model(torch.randint(3, 96, (1, T)), use_cache=False)
+        kept.append(sum(seen.values()))
+        del output
+    assert kept[1] < 2.5 * kept[0]
 
 
 @torch.no_grad()

@@ -158,6 +158,7 @@ def test_sdpa_is_refused_with_a_sentence_that_says_what_to_use(converted, small_
 
 
 def test_paged_attention_is_refused_outside_continuous_batching(sharp, batch):
+    """It would attend to what follows."""
     sharp.set_attn_implementation("paged|eager")
     with pytest.raises(ValueError, match="continuous batching"):
         sharp(**batch)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from activations import replace_activation
 from safetensors import safe_open
 
 from grok1.conversion.convert import convert
@@ -21,7 +22,7 @@ from grok1.conversion.names import hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.conversion.shards import plan_shards
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
-from modeling_grok1.modeling_grok1 import Grok1Attention, Grok1Expert, Grok1RMSNorm, Grok1TopKRouter
+from modeling_grok1.modeling_grok1 import Grok1Attention, Grok1RMSNorm, Grok1TopKRouter
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,15 +250,11 @@ def test_an_int8_folder_names_a_method_that_no_engine_has(demo):
 
 
 def erf_gelu(model: Grok1ForCausalLM) -> None:
-    for module in model.modules():
-        if isinstance(module, Grok1Expert):
-            module.act_fn = torch.nn.GELU()
+    replace_activation(model, torch.nn.GELU())
 
 
 def silu(model: Grok1ForCausalLM) -> None:
-    for module in model.modules():
-        if isinstance(module, Grok1Expert):
-            module.act_fn = torch.nn.SiLU()
+    replace_activation(model, torch.nn.SiLU())
 
 
 def capped_router(model: Grok1ForCausalLM) -> None:

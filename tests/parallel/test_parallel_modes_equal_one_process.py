@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from small_grok import LAYERS, prompt, rename_as_hpcai, save_small_grok
 from transformers import AutoModelForCausalLM
 
-from grok1.sizing.plan import Gpus, Request, make_plan
+from grok1.sizing.hardware import Gpus
+from grok1.sizing.plan import make_plan
+from grok1.sizing.request import Request
 from modeling_grok1 import GrokConfig
 from modeling_grok1.quantization_grok1 import Grok1Int8Config
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_interpreted(interpreted, case, bits, dtype):
     compare(interpreted, *case, bits, dtype, "cpu")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("split_k", [2, 3, 100])
+def test_programs_that_share_the_inputs(interpreted, split_k, bits):
+    """Parts of a sum, also where there are fewer steps than programs."""
+    tile = sys.modules[KERNEL].Tile(16, 32, 64, split_k=split_k)
+    for case in CASES:
+        compare(partial(interpreted, tile=tile), *case, bits, torch.float32, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -89,8 +99,9 @@ def test_compiles_for_a_gpu_that_is_not_here(tile, bits):
         "E": 8,
         "BITS": bits,
         "GROUP": 4096,
+        "SPLIT_K": 4,
         **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), tile, strict=True)),
     }
-    signature = {**pointers, "N": "i32", "K": "i32", **dict.fromkeys(constants, "constexpr")}
+    signature = {**pointers, "S": "i32", "N": "i32", "K": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     assert "mma" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import grok1.serving.server
 from grok1.cli import app
 from grok1.conversion.convert import convert
-from grok1.serving.server import batching_config
+from grok1.serving.generation import batching_config
 from modeling_grok1 import GrokConfig
 
 
@@ -38,7 +38,7 @@ def test_the_page_is_known():
 def test_the_clients_talk_to_the_server(folder, capsys):
     """To the one with a chat template, which completes like the first."""
     completions, chat = (code for language, code in BLOCKS if language == "python")
-    arguments = (*GROK1, *shlex.split(SERVERS[2])[1:], "--port", "0", "--device", "cpu")
+    arguments = (*GROK1, *shlex.split(SERVERS[2])[1:], "--port", "0", "--device-map", "cpu")
     with command(*arguments, address=r"http://localhost:\d+", cwd=folder) as (_, address):
         scope: dict = {}
         exec(completions.replace("http://localhost:8000", address), scope)
@@ -53,7 +53,7 @@ def test_the_batches_are_as_large_as_the_page_says(folder, monkeypatch):
     apps = []
     monkeypatch.setattr(grok1.serving.server, "run", lambda app, bound, **_: (apps.append(app), bound.close()))
     monkeypatch.chdir(folder)
-    result = CliRunner().invoke(app, [*shlex.split(SERVERS[1])[1:], "--port", "0", "--device", "cpu"])
+    result = CliRunner().invoke(app, [*shlex.split(SERVERS[1])[1:], "--port", "0", "--device-map", "cpu"])
     assert result.exit_code == 0, result.output
     config = apps[0].state.generation._cb_config
     assert (config.page_size, config.num_blocks, config.max_batch_tokens) == (256, 256, 256)

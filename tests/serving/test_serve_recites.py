@@ -10,7 +10,9 @@ from local_server import DEMO, PASSAGES, SMALL_CACHE, recitals, serving
 from openai import OpenAI
 
 from grok1.conversion.convert import convert
-from grok1.serving.server import FolderManager, batching_config, build_app
+from grok1.serving.generation import batching_config
+from grok1.serving.model import FolderManager
+from grok1.serving.server import build_app
 
 
 RECITALS = recitals()

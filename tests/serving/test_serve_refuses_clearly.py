@@ -8,7 +8,9 @@ from local_server import DEMO, SMALL_CACHE, recitals, serving
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from grok1.conversion.convert import convert
-from grok1.serving.server import FolderManager, batching_config, build_app
+from grok1.serving.generation import batching_config
+from grok1.serving.model import FolderManager
+from grok1.serving.server import build_app
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_there_is_no_such_place(client, address):
     answer = httpx2.get(f"{address}/v2/models")
     assert answer.status_code == 404 and answer.json()["error"]["message"] == "Not Found"
     answer = httpx2.post(f"{address}/v1/audio/transcriptions")
-    assert answer.status_code == 400 and answer.json()["error"]["message"] == "Grok-1 reads text, not sound."
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == "Grok-1 has no audio input."
 
 
 @pytest.mark.parametrize("content", [b'{"prompt": ', b"[]", b""])

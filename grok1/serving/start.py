@@ -1,0 +1,90 @@
+"""Start the server: check the settings, load the model, serve until interrupted."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grok1.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Args:
+        folder: a converted folder with a tokenizer.
+        chat_template: a Jinja file, or None.
+        precision: as in `grok1.precision.loading_options`.
+        model_kwargs: for `from_pretrained`, such as `experts_on`.
+        device_map: as in `from_pretrained`.
+        attn_implementation: as in `from_pretrained`.
+        continuous_batching: batch requests.
+        sizes: for `batching_config`.
+        enable_cors: allow requests from web pages of any origin.
+        log_level: error, warning, info or debug.
+    """
+
+    folder: Path
+    chat_template: Path | None = None
+    precision: str = "auto"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    device_map: str = "auto"
+    attn_implementation: str | None = None
+    continuous_batching: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
+    enable_cors: bool = False
+    log_level: str = "warning"
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise ImportError without the extra `serve`, or ConversionError with all that is wrong with the settings."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError("The server needs FastAPI, Uvicorn and openai: `pip install 'modeling-grok1[serve]'`.")
+    files = [settings.folder / name for name in ("config.json", "tokenizer.json")]
+    problems = [f"{path}: not there" for path in files if not path.is_file()]
+    if settings.sizes and not settings.continuous_batching:
+        problems.append("--cb-...: has no effect without --continuous-batching")
+    if problems:
+        raise ConversionError("Cannot serve.", problems, "`grok1 convert CKPT OUT` makes a folder.")
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConversionError with the reason where it cannot be had."""
+    from grok1.serving.server import listen
+
+    try:
+        return listen(host, port)
+    except OSError as error:
+        raise ConversionError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}.", next_step="Choose another --port or --host."
+        ) from None
+
+
+def start(settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
+    """Load the model, call `ready` with its name once requests are accepted, and serve until SIGINT or SIGTERM."""
+    from transformers.utils import logging
+
+    from grok1.serving import server
+    from grok1.serving.generation import batching_config
+    from grok1.serving.model import FolderManager
+
+    logging.set_verbosity(logging.log_levels[settings.log_level])
+    manager = FolderManager(
+        settings.folder,
+        chat_template=settings.chat_template,
+        precision=settings.precision,
+        model_kwargs=settings.model_kwargs,
+        device=settings.device_map,
+        attn_implementation=settings.attn_implementation,
+        continuous_batching=settings.continuous_batching,
+    )
+    batching = batching_config(manager.model, **settings.sizes) if settings.continuous_batching else None
+    app = server.build_app(manager, batching=batching, enable_cors=settings.enable_cors)
+    bound.listen()
+    ready(manager.name)
+    server.run(app, bound, log_level=settings.log_level)
