@@ -228,7 +228,8 @@ class ReadPacked(ConversionOps):
         for part, matrices in enumerate(pairs):
             rows = slice(part * F_, (part + 1) * F_)
             for e, pair in enumerate(matrices):
-                scale[e, rows] = self.read(*pair, out=weight[e, rows])[1]
+                packed, part_scale = pair
+                scale[e, rows] = self.read(packed, part_scale, out=weight[e, rows])[1]
         return dict(zip(target_patterns, (weight, scale), strict=True))
 
     def read(
