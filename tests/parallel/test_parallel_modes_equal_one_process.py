@@ -88,9 +88,14 @@ def launch(modes, folders, out: Path, processes: int) -> list[dict]:
     (out / "job.json").write_text(json.dumps({"out": str(out), "modes": job}))
     program = Path(__file__).parent / "run_modes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    support = str(Path(__file__).parents[1] / "support")
     done = subprocess.run(
         [*command, str(program), str(out / "job.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
         timeout=300,

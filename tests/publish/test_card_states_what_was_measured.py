@@ -31,7 +31,9 @@ def folders(golden, tmp_path_factory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp("card") / name for name in FOLDERS}
     for name, folder in made.items():
         layout, dtype = name.split("-")
-        convert(golden / "tiny-1", folder, layout=layout, dtype=dtype, no_tokenizer=True, max_shard_size="500kB")
+        group_size = 16 if dtype == "int8" else None
+        options = {"layout": layout, "dtype": dtype, "group_size": group_size}
+        convert(golden / "tiny-1", folder, **options, no_tokenizer=True, max_shard_size="500kB")
     return made
 
 
