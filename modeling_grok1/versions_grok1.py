@@ -37,6 +37,7 @@ KNOWN_ARGUMENTS = {
     *("ignore_index", "shift_labels", "label_smoothing"),
     *("cache_position", "debug_io", "debug_io_dir", "prune_layers", "return_dict", "token_type_ids"),
     *("assistant_tokenizer", "tokenizer"),  # `generate` passes its own on
+    *("kwargs", "skip_logits"),  # a pipeline passes all arguments of the language model to its stages
 }
 
 
