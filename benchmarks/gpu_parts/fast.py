@@ -27,7 +27,7 @@ BANDWIDTH, RATE = "read bandwidth", "bf16 matrix rate"
 # --------------------------------------------------------------------------------------------------------------------
 def card(run: Run) -> None:
     with run.attempt(BANDWIDTH):
-        memory = torch.ones(2**20 if run.dry else 2**31, dtype=torch.int32, device=run.device)
+        memory = torch.ones(2**20 if run.dry else 2**31, dtype=torch.float32, device=run.device)
         run.value(BANDWIDTH, memory.nbytes / run.seconds(memory.sum) / 1e9, "GB/s", "the sum of 8 GiB")
         del memory
     with run.attempt(RATE):
@@ -182,9 +182,9 @@ class LargeOutputs(TorchDispatchMode):
         leaves, _ = torch.utils._pytree.tree_flatten((args, kwargs or {}))
         known = {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor)}
         for tensor in torch.utils._pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.smallest:
-                if tensor.untyped_storage().data_ptr() not in known:
-                    self.bytes[str(func)] += tensor.nbytes
+            large = isinstance(tensor, torch.Tensor) and tensor.numel() >= self.smallest
+            if large and tensor.untyped_storage().data_ptr() not in known:
+                self.bytes[str(func)] += tensor.nbytes
         return output
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from modeling_grok1 import Grok1ForCausalLM, Grok1Int4Config, Grok1Int8Config, GrokConfig
+from modeling_grok1.modeling_grok1 import Grok1TopKRouter
 from modeling_grok1.quantization_grok1 import Grok1Quantizer
 from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear, outputs_and_inputs
 
@@ -67,7 +68,7 @@ TINY = Sizes(
     model={
         "vocab_size": 256,
         "hidden_size": 64,
-        "intermediate_size": 128,
+        "intermediate_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -150,8 +151,7 @@ def random_like(
         return torch.empty(meta.shape, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
     if meta.ndim == 1:  # norms
         return torch.ones(meta.shape, dtype=torch.float32, device=device)
-    float32 = meta.shape[0] == 8 and meta.ndim == 2  # routers
-    kept = torch.float32 if float32 else dtype
+    kept = torch.float32 if isinstance(module, Grok1TopKRouter) else dtype
     return torch.empty(meta.shape, dtype=kept, device=device).normal_(std=meta.shape[-1] ** -0.5)
 
 
