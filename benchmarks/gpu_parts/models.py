@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from modeling_grok1 import Grok1ForCausalLM, Grok1Int4Config, Grok1Int8Config, GrokConfig
-from modeling_grok1.modeling_grok1 import Grok1TopKRouter
+from modeling_grok1.modeling_grok1 import Grok1RMSNorm, Grok1TopKRouter
 from modeling_grok1.quantization_grok1 import Grok1Quantizer
 from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear, outputs_and_inputs
 
@@ -149,9 +149,9 @@ def random_like(
         return torch.empty(meta.shape, dtype=torch.int8, device=device).random_(-127, 128)
     if meta.dtype == torch.int32:
         return torch.empty(meta.shape, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
+    kept = torch.float32 if isinstance(module, Grok1TopKRouter | Grok1RMSNorm) else dtype
     if meta.ndim == 1:  # norms
-        return torch.ones(meta.shape, dtype=torch.float32, device=device)
-    kept = torch.float32 if isinstance(module, Grok1TopKRouter) else dtype
+        return torch.ones(meta.shape, dtype=kept, device=device)
     return torch.empty(meta.shape, dtype=kept, device=device).normal_(std=meta.shape[-1] ** -0.5)
 
 
