@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm deepspeed clean
+.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm deepspeed clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -56,6 +56,9 @@ bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the J
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
+
+gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at most eight minutes: out/gpu/report.md
+	$(BIN)/python benchmarks/gpu.py --out out/gpu
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
