@@ -53,7 +53,7 @@ NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "tra
 
 @dataclass
 class Loss:
-    """How far requantised matrices of one kind are from what the folder held: |w - q * scale|."""
+    """The error of requantised matrices of one kind: |w - q * scale|."""
 
     files: int = 0
     elements: int = 0
@@ -68,7 +68,7 @@ class Loss:
 
 @dataclass
 class ExportReport:
-    """What was written.
+    """The result of an export.
 
     Args:
         folder: where the tensor files are.
@@ -279,7 +279,7 @@ class _Writer:
         self.report, self.lock = report, threading.Lock()
         self.workers = ThreadPoolExecutor(jobs, "grok1-export")
         self.threads_before = torch.get_num_threads()
-        # The workers are the threads: torch must not start more inside each operator.
+        # The workers are the parallelism: torch must not start threads inside each operator.
         torch.set_num_threads(1)
 
     def __enter__(self) -> _Writer:

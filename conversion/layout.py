@@ -25,10 +25,10 @@ from grok1.files import ITEMSIZE
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 TORCH_DTYPE |= {"int32": torch.int32, "int64": torch.int64}
 
-# One expert of the release (6144 x 32768 int8, 192 MiB) is read in one piece.
+# One expert of the release (6144 x 32768 int8, 192 MiB) is read at once.
 SLAB_BYTES = 200 * 2**20
 BAND_READ_BYTES = 16 * 2**20
-# Elements that are worked on at once: the temporaries of a block stay in the caches.
+# Elements per block: its temporaries stay in the CPU caches.
 BLOCK_ELEMENTS = 2**21
 
 
@@ -45,23 +45,23 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Scratch:
-    """Memory for temporaries that is used again: fresh pages for each block would take as long as all the arithmetic.
+    """Memory for temporaries that is reused: fresh pages for each block would take as long as all the arithmetic.
 
-    What comes out of a scratch is valid until it is used for the next block. One thread at a time.
+    A tensor in it is valid until it is used for the next block. For one thread at a time.
     """
 
     def __init__(self) -> None:
         self.memory: dict[str, torch.Tensor] = {}
 
     def empty(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor of any content, in the memory that this purpose had before if it is large enough."""
+        """A contiguous uninitialised tensor, in the memory that this purpose had before if it is large enough."""
         nbytes = math.prod(shape) * dtype.itemsize
         if purpose not in self.memory or self.memory[purpose].numel() < nbytes:
             self.memory[purpose] = torch.empty(nbytes, dtype=torch.uint8)
         return self.memory[purpose][:nbytes].view(dtype).view(shape)
 
     def cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in another dtype, contiguous; itself if it is so already."""
+        """The tensor in another dtype, contiguous; itself if nothing changes."""
         if tensor.dtype == dtype and tensor.is_contiguous():
             return tensor
         return self.empty(f"cast to {dtype}", tuple(tensor.shape), dtype).copy_(tensor)
@@ -86,8 +86,8 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def transpose(matrix: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
     """A contiguous copy of the transpose of a matrix: (in, out) to (out, in) and back."""
     scratch = scratch or Scratch()
-    # torch transposes a contiguous matrix of two-byte elements in cache tiles, and one of single bytes one by one,
-    # eight times slower.
+    # torch transposes a contiguous matrix of two-byte elements in cache tiles, and one of single bytes element by
+    # element, eight times slower.
     wide = scratch.cast(matrix, torch.int16 if matrix.dtype == torch.int8 else matrix.dtype)
     turned = scratch.empty("transpose", tuple(matrix.T.shape), wide.dtype).copy_(wide.T)
     return scratch.cast(turned, matrix.dtype)
@@ -99,7 +99,7 @@ def hub_rows(
     """A piece of an array as the hub holds it.
 
     Args:
-        weight: (K, n) as stored; n columns of a matrix that is transposed, or any rows of one that is not.
+        weight: (K, n) as stored: n columns of a matrix that is transposed, or rows of one that is not.
         scales: (G, n) bfloat16 if the weight is to be dequantised.
         dtype: "float32", "bfloat16" or "int8" of the result.
         transposed: whether the result is (n, K).
@@ -135,7 +135,7 @@ def part_shape(file: TensorFile, part: Part) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Slab:
-    """The output rows [start, stop) of a part, in memory as xAI stores them.
+    """The output rows [start, stop) of a part, in memory, as xAI stores them.
 
     weight: (K, stop - start), or (stop - start, N) where the kind is not transposed. scales: (G, stop - start), or
     None.
@@ -148,7 +148,7 @@ class Slab:
     scales: torch.Tensor | None
 
     def blocks(self, block_elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-        """Ranges of output rows of at most so many elements each (at least one row)."""
+        """Ranges of output rows with at most `block_elements` elements each (at least one row)."""
         columns = self.weight.numel() // (self.stop - self.start)
         step = max(1, block_elements // columns)
         for first in range(self.start, self.stop, step):
@@ -175,13 +175,13 @@ def slab_ranges(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> I
 def read_slab(file: TensorFile, part: Part, start: int, stop: int, buffer: np.ndarray | None = None) -> Slab:
     """Reads the output rows [start, stop) of a part.
 
-    A matrix that is turned on the way and does not fit whole is read as a band of columns, out of blocks of rows.
+    A matrix that is transposed and larger than a slab is read as a band of columns, from blocks of rows.
 
     Args:
-        buffer: uint8, where the slab may lie; fresh memory if it is None or too small.
+        buffer: uint8, memory for the slab; new memory if it is None or too small.
 
     Raises:
-        CheckpointError: the file got shorter or cannot be read any more.
+        CheckpointError: the file became shorter or cannot be read any more.
     """
     array = part_array(file, part)
     itemsize = ITEMSIZE[array.dtype]

@@ -5,8 +5,8 @@ Shapes are spelled in the symbols of the config:
     V vocab_size   D hidden_size   F intermediate_size   E num_experts
     Q num_attention_heads * head_dim   KV num_key_value_heads * head_dim
 
-xAI stores a matrix (in, out), torch stores it (out, in): `transposed` rows are turned on the way. Read from left to
-right the table says what the converter writes; read from right to left it says what `grok1 export-xai` writes.
+xAI stores a matrix (in, out), torch stores it (out, in): kinds that are `transposed` are transposed by the converter.
+Read from left to right the table says what the converter writes, from right to left what `grok1 export-xai` writes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Kind:
     """One row: a kind of tensor.
 
     Args:
-        name: the kind, as it is called in messages and tables.
+        name: of the kind, in messages and tables.
         path: xAI's parameter path, below `transformer/decoder_layer_N/` for the kinds of a block.
         shape: as xAI stores it, in the symbols above.
         transposed: whether the last two axes are swapped in every hub layout.
-        scale_blocks: row blocks that have a scale of their own in the release; 0 where the tensor is not quantised.
+        scale_blocks: row blocks with a scale of their own in the release; 0 if the tensor is not quantised.
         hub, hpcai, keyfan: names in the layouts; `{e}` is the expert.
         fused: name in the fused layout where it differs from `hub`; kinds that share one are concatenated row-wise in
             table order, for each expert.
@@ -133,7 +133,7 @@ class Entry:
         return "int8" if self.kind.quantised else "float32"
 
     def scales_shape(self, blocks: int) -> tuple[int, ...]:
-        """The shape of the scales for so many row blocks: `blocks` in place of the input axis."""
+        """The shape of the scales for a number of row blocks: `blocks` in place of the input axis."""
         return (*self.shape[:-2], blocks, self.shape[-1])
 
 
@@ -142,7 +142,7 @@ class Part:
     """One matrix (or vector) of a source file, and the element of the output tensor at which it begins.
 
     `field` says which array of the file it is: the weight, or the scales (of an int8 output). `expert` is the index on
-    the leading axis of an expert file, None elsewhere. Turned if the kind says so, a part is contiguous in the output.
+    the leading axis of an expert file, else None. Transposed if the kind says so, a part is contiguous in the output.
     The field "shape" is the shape of the matrix, which is in no array.
     """
 
@@ -217,10 +217,10 @@ def hub_tensors(
 ) -> dict[str, HubTensor]:
     """Every tensor of a converted folder by its name, in the order in which the shards hold them.
 
-    The order is the embedding, the head, the layers 0, 1, 2, ... (names sorted inside a layer), the final norm. It is
-    one that llama.cpp's converter can read however it is cut into shards: it merges the experts of a layer when the
-    next tensor that is not an expert arrives, drops them in silence where none comes, and stops where that tensor is
-    not a layer's. The header of a shard is sorted, so a head behind the layers would come before their last experts.
+    The order is the embedding, the head, the layers 0, 1, 2, ... (names sorted inside a layer), the final norm.
+    llama.cpp's converter can read it with shards of any size: it merges the experts of a layer at the next tensor that
+    is not an expert, silently drops them if there is none, and fails if that tensor is not a layer's. The header of a
+    shard is sorted, so a head after the layers would come before their last experts.
 
     Norms and routers are float32 in every precision. `int8` and `int4` store each quantised matrix as
     `X.weight_packed`, `X.weight_scale` and `X.weight_shape` (modeling_grok1/packing_grok1.py), keep the embedding

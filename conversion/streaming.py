@@ -1,7 +1,7 @@
 """Every byte of a shard, derived from the source block by block, on all cores and in bounded memory.
 
-One thread reads slabs of the source files, the workers dequantise and turn blocks of them. The converter writes the
-blocks, the verification compares them.
+One thread reads slabs of the source files, the workers dequantise and transpose blocks of them. The converter writes
+the blocks, the verification compares them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from grok1.conversion.xai.checkpoint import TensorFile
 from grok1.files import ITEMSIZE
 
 
-# Slabs in memory at once: one is worked on while the next one is read.
+# Slabs in memory: one is processed while the next one is read.
 LIVE_SLABS = 2
-# Temporaries of all workers together. An element of a block needs 8 bytes: in float32 its product and the turned copy,
-# in bfloat16 its product, that rounded, and the turned copy.
+# Temporaries of all workers together. An element of a block needs 8 bytes: in float32 the product and its transposed
+# copy, in bfloat16 the product, the rounded product and its transposed copy.
 WORK_BYTES = 128 * 2**20
 BYTES_PER_ELEMENT = 8
 
@@ -45,7 +45,7 @@ Consumer = Callable[[HubTensor, int, memoryview], None]
 
 
 class BlockStream:
-    """Worker threads, and the memory that they work in. A context manager: leaving it waits for running blocks.
+    """Worker threads and their memory. A context manager: leaving it waits for running blocks.
 
     Args:
         jobs: worker threads.
@@ -55,13 +55,13 @@ class BlockStream:
         self.slab_bytes = SLAB_BYTES
         self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
         self.threads_before = torch.get_num_threads()
-        # The workers are the threads: torch must not start more inside each operator.
+        # The workers are the parallelism: torch must not start threads inside each operator.
         torch.set_num_threads(1)
         self.workers = ThreadPoolExecutor(jobs, "grok1-blocks")
         self.live: deque[list[Future[None]]] = deque()
         self.of_thread = threading.local()
         self.packer = Packer()
-        # Pages of them that are never touched take no memory.
+        # Pages that are never touched take no memory.
         self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
     def __enter__(self) -> BlockStream:
@@ -71,7 +71,7 @@ class BlockStream:
         self.close()
 
     def close(self) -> None:
-        """Drops blocks that have not begun and waits for those that have."""
+        """Cancels blocks that have not begun and waits for the others."""
         self.workers.shutdown(cancel_futures=True)
         torch.set_num_threads(self.threads_before)
 
@@ -102,7 +102,7 @@ class BlockStream:
             _wait_for(self.live.popleft())
 
     def _next_buffer(self) -> np.ndarray:
-        """Memory for a slab that no worker uses any more: fresh memory costs more than reading into it."""
+        """Memory for a slab that no worker uses any more: allocating new memory is slower than reading the file."""
         while len(self.live) >= LIVE_SLABS:
             _wait_for(self.live.popleft())
         self.buffers.rotate()

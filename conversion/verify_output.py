@@ -18,7 +18,7 @@ import numpy as np
 from grok1.conversion.companions import companion_files
 from grok1.conversion.inputs import beside, find_folder, find_tokenizer
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, hub_tensors
+from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
 from grok1.conversion.plan import Plan, source_files, written_config
 from grok1.conversion.ports import Source
 from grok1.conversion.settings import Settings
@@ -131,10 +131,12 @@ def _most_alike(
 ) -> tuple[str, str, dict[str, HubTensor]]:
     """The dtype and layout that most of the folder's tensors agree with, so that one damaged name does not matter."""
     found = {item for shard in held.values() for item in shard.items()}
+    divides = all(e.shape[-2] % group_size == 0 for e in checkpoint_entries(config) if e.kind.quantised)
     candidates = {
         (dtype, layout): hub_tensors(config, layout, dtype, group_size)
         for dtype in DTYPES
         for layout in (("hub",) if dtype in BITS else LAYOUTS)
+        if dtype not in BITS or divides
     }
 
     def agreement(settings: tuple[str, str]) -> int:

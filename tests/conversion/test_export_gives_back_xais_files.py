@@ -40,7 +40,9 @@ def converted(golden, tmp_path_factory):
     def get(name, dtype, layout="hub"):
         if (name, dtype, layout) not in made:
             out = tmp_path_factory.mktemp("converted") / f"{name}-{dtype}-{layout}"
-            convert(golden / name, out, dtype=dtype, layout=layout, no_tokenizer=True, max_shard_size="500KB")
+            group_size = {"tiny-1": 16, "tiny-8": 2}[name] if dtype == "int8" else None
+            options = {"no_tokenizer": True, "max_shard_size": "500KB", "group_size": group_size}
+            convert(golden / name, out, dtype=dtype, layout=layout, **options)
             made[name, dtype, layout] = out
         return made[name, dtype, layout]
 
