@@ -103,6 +103,5 @@ def convert_command(
         typer.echo(json.dumps(result, indent=2))
     else:
         console.print(f"{out}: {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes, {duration(seconds)}")
-        console.print(
-            f"Next: grok1 verify {out} --against {source}" if "://" not in source else f"Next: grok1 card {out}"
-        )
+        if "://" not in source and not discard_output:
+            console.print(f"Next: grok1 verify {out} --against {source}")
