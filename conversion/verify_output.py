@@ -18,7 +18,7 @@ import numpy as np
 from grok1.conversion.companions import companion_files
 from grok1.conversion.inputs import beside, find_folder, find_tokenizer
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, hub_tensors
+from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
 from grok1.conversion.plan import Plan, source_files, written_config
 from grok1.conversion.ports import Source
 from grok1.conversion.settings import Settings

@@ -80,7 +80,7 @@ def test_after_a_break_only_what_is_missing_is_sent(sound, monkeypatch):
         victim = sorted(sound.glob("*.safetensors"))[2]
         oid = hashlib.sha256(victim.read_bytes()).hexdigest()
         hub.fail("PUT", oid, Fault.status(500), times=100)
-        with pytest.raises(ConversionError, match=r"broke off.*(\n.*)*same command again"):
+        with pytest.raises(ConversionError, match=r"failed.*(\n.*)*same command again"):
             push_folder(sound, REPO)
         assert hub.files(REPO) == {}, "no card and no index before the weights are there"
         hub.rules.clear()
@@ -105,7 +105,7 @@ def test_a_commit_that_failed_is_made_by_the_next_run(sound, monkeypatch, fault)
     with FakeHub() as hub:
         hub.patch(monkeypatch)
         hub.fail("POST", "/commit/", fault)
-        with pytest.raises(ConversionError, match="broke off"):
+        with pytest.raises(ConversionError, match="upload to .* failed"):
             push_folder(sound, REPO)
         sent = len(hub.sent("PUT", "/lfs/"))
         push_folder(sound, REPO)
@@ -212,14 +212,14 @@ def test_ctrl_c_says_that_the_command_goes_on(sound, monkeypatch, command):
     monkeypatch.setattr(hub_module, "push_folder", interrupted)
     result = command("push", sound, REPO)
     assert result.exit_code == 130
-    assert "the same command goes on" in result.stderr
+    assert "the same command resumes" in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached(sound, monkeypatch):
     hub = FakeHub()
     hub.patch(monkeypatch)
     hub.server.server_close()
-    with pytest.raises(ConversionError, match=rf"upload to {REPO} broke off"):
+    with pytest.raises(ConversionError, match=rf"upload to {REPO} failed"):
         push_folder(sound, REPO)
 
 
