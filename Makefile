@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench bench-convert conformance interop test-vllm deepspeed clean
+.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm deepspeed clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -47,7 +47,7 @@ MATRIX = 5.21.1 5.22.2 5.23.0 5.24.0
 test-matrix: $(MATRIX:%=test-transformers-%)  ## the core of the suite with each Transformers of the tested range
 test-transformers-%: $(VENV)/.installed
 	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
-	PYTHONPATH=.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
+	PYTHONPATH=$(CURDIR)/.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
@@ -56,6 +56,9 @@ bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the J
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
+
+gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at most eight minutes: out/gpu/report.md
+	$(BIN)/python benchmarks/gpu.py --out out/gpu
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized

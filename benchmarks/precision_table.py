@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import grok1
 from grok1.analysis.evaluate import load, score, stored_bytes, windows
 from grok1.conversion.convert import convert
 from grok1.precision import PRECISIONS
+from modeling_grok1 import Grok1Int4Config
 
 
 DEMO = Path(grok1.__file__).parent / "demo"
@@ -36,6 +37,12 @@ INT8_FLOAT32 = "int8, xAI's values, in float32"
 ROWS = {
     **{row.title: (row.converted, row.name) for row in PRECISIONS.values()},
     INT8_FLOAT32: ("int8", "float32"),
+}
+# int4 of every group size, with scales that are searched for and with rounding to nearest, from the int8 folder.
+INT4_ROWS = {
+    f"int4, groups of {group_size}, {'scale search' if search else 'round to nearest'}": (group_size, search)
+    for group_size in (128, 64, 32)
+    for search in (False, True)
 }
 
 
@@ -65,7 +72,7 @@ def main() -> int:
         text = arguments.text.read_text(encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {dtype: Path(scratch, dtype) for dtype in ("float32", "bfloat16", "int8")}
+        folders = {dtype: Path(scratch, dtype) for dtype in ("float32", "bfloat16", "int8", "int4")}
         for dtype, folder in folders.items():
             convert(DEMO, folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folders["bfloat16"])
@@ -78,8 +85,14 @@ def main() -> int:
         print("| precision | weights, MB | perplexity | agreement with bfloat16 | passages recited | tokens/s |")
         print("|---|---:|---:|---:|---:|---:|", flush=True)
         perplexity = {}
-        for label, (converted, precision) in ROWS.items():
-            model = load(folders[converted], precision)
+        for label in [*ROWS, *INT4_ROWS]:
+            if label in ROWS:
+                converted, precision = ROWS[label]
+                model = load(folders[converted], precision)
+            else:
+                group_size, search = INT4_ROWS[label]
+                config = Grok1Int4Config(group_size=group_size, scale_search=search)
+                model = AutoModelForCausalLM.from_pretrained(folders["int8"], quantization_config=config)
             size = stored_bytes(model)
             nats, likeliest = score(model, pieces)
             perplexity[label] = f"{math.exp(nats / len(likeliest)):.4f}"

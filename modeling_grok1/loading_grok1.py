@@ -5,8 +5,11 @@ because it would load something wrong, or leave the experts in full precision.
 """
 
 import copy
+import os
 import re
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from .configuration_grok1 import PREPARE_CONFIG, GrokConfig
+from .configuration_grok1 import MLX_FILE, PREPARE_CONFIG, GrokConfig
 from .experts_grok1 import DEFAULT_EXPERTS
 from .offloading_grok1 import ExpertStore, check_offloading
 from .pipeline_grok1 import register_text_generation
@@ -514,12 +517,23 @@ class Grok1LoadingMixin:
             # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+        copy_mlx_file(self, save_directory)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""
         if dtype is None and isinstance(self.config.dtype, str):  # type: ignore[attr-defined]
             dtype = getattr(torch, self.config.dtype)  # type: ignore[attr-defined]  # saving leaves the dtype's name
         return super().dequantize(dtype)  # type: ignore[misc]
+
+
+def copy_mlx_file(model: Any, folder: str | os.PathLike) -> None:
+    """mlx-lm's code, which config.json names and no import leads to, beside the code that Transformers saves."""
+    folder = Path(folder)
+    for place in (Path(__file__).parent, Path(model.name_or_path)):
+        if (folder / "modeling_grok1.py").is_file() and (place / MLX_FILE).is_file():
+            if place.resolve() != folder.resolve():
+                shutil.copyfile(place / MLX_FILE, folder / MLX_FILE)
+            return
 
 
 def check_tied_devices(model: Any, load_config: Any) -> None:

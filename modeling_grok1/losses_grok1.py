@@ -80,7 +80,7 @@ def causal_lm_losses(
         config = model.config
         if attention_mask is not None:
             # Of the tokens of this call alone: in generation the mask covers the cache too, and may be 4-D.
-            tokens = hidden_states.shape[1]
+            tokens = router_logits[0].shape[0] // hidden_states.shape[0]
             attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
         aux_loss = load_balancing_loss_func(
             router_logits, config.num_experts, config.num_experts_per_tok, attention_mask

@@ -235,7 +235,8 @@ class ExpertStore:
                 if stage:
                     self.give_back(host.values())
                 if self.bits is not None:
-                    tensors = unpacked(tensors, self.bits)
+                    shared = self.place == CPU and not stage  # the tensors of `in_memory` themselves
+                    tensors = unpacked(tensors, self.bits, in_place=not shared)
                 self.keep(layer, expert, tensors)
             request_next()
             yield expert, tensors
@@ -276,12 +277,17 @@ class ExpertStore:
                 self.cached_bytes += nbytes
 
 
-def unpacked(tensors: Expert, bits: int) -> Expert:
-    """The weights and scales of an expert in the form that products on their device read, from packed ones."""
+def unpacked(tensors: Expert, bits: int, in_place: bool) -> Expert:
+    """
+    The weights and scales of an expert in the form that products on their device read, from packed ones. `in_place`
+    writes int8 where the packed values are.
+    """
     output: Expert = {}
     for matrix in ("w1", "w2", "w3"):
         packed, scale = tensors[f"{matrix}.weight_packed"], tensors[f"{matrix}.weight_scale"]
-        weight, scale = form_for_device(unpack(packed, 8) if bits == 8 else packed, scale)
+        if bits == 8:
+            packed = unpack(packed, 8, out=packed.view(torch.int8) if in_place else None)
+        weight, scale = form_for_device(packed, scale)
         output |= {f"{matrix}.weight": weight, f"{matrix}.weight_scale": scale}
     return output
 

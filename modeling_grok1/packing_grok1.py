@@ -36,10 +36,11 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous().view(torch.int32)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The reverse of `pack`: ... K*bits/32, int32 -> ... K, int8."""
+def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The reverse of `pack`: ... K*bits/32, int32 -> ... K, int8. `out`, for 8 bits: where to write it; may be
+    `packed.view(torch.int8)`."""
     if bits == 8:
-        return packed.contiguous().view(torch.int8) ^ -128
+        return torch.bitwise_xor(packed.contiguous().view(torch.int8), -128, out=out)
     octets = packed.contiguous().view(torch.uint8)
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2).view(torch.int8) - 8
 

@@ -35,7 +35,7 @@ from .packing_grok1 import (
     unpack,
 )
 from .quantized_grok1 import QuantizedExperts, QuantizedLinear, dequantise, form_for_device, outputs_and_inputs
-from .versions_grok1 import CASTS_BEFORE_QUANTIZING
+from .versions_grok1 import CASTS_BEFORE_QUANTIZING, allow_many_to_many
 
 
 INT8, INT4 = "grok1_int8", "grok1_int4"
@@ -205,6 +205,7 @@ class QuantiseFloats(ConversionOps):
         return pack(values, 4), scale
 
 
+@allow_many_to_many
 class ReadPacked(ConversionOps):
     """`weight_packed` and `weight_scale` of a matrix, or of those of all experts, to a weight and its scales."""
 
@@ -219,34 +220,40 @@ class ReadPacked(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         columns = [input_dict[pattern] for pattern in source_patterns]  # packed and scale, for gate, up
         pairs = [list(zip(*columns[i : i + 2], strict=True)) for i in range(0, len(columns), 2)]
-        first_weight, first_scale = self.read(*pairs[0][0])
         if "*" not in source_patterns[0]:
-            return dict(zip(target_patterns, (first_weight, first_scale), strict=True))
-        E, F_ = len(pairs[0]), len(first_weight)  # noqa: N806
-        weight, scale = (
-            tensor.new_empty(E, len(pairs) * F_, tensor.shape[-1]) for tensor in (first_weight, first_scale)
-        )
+            return dict(zip(target_patterns, self.read(*pairs[0][0]), strict=True))
+        # One matrix is read twice, for its form.
+        E, first = len(pairs[0]), self.read(*pairs[0][0])  # noqa: N806
+        F_ = len(first[0])  # noqa: N806
+        weight, scale = (tensor.new_empty(E, len(pairs) * F_, tensor.shape[-1]) for tensor in first)
         for part, matrices in enumerate(pairs):
             rows = slice(part * F_, (part + 1) * F_)
             for e, pair in enumerate(matrices):
-                weight[e, rows], scale[e, rows] = self.read(*pair)
+                packed, part_scale = pair
+                scale[e, rows] = self.read(packed, part_scale, out=weight[e, rows])[1]
         return dict(zip(target_patterns, (weight, scale), strict=True))
 
-    def read(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight and the scales of one matrix, the weight in `out` where it is given."""
         config = self.hf_quantizer.quantization_config
         bits = (config.source or (config.bits, 0))[0]
-        if bits == config.bits:
-            return (unpack(packed, 8) if bits == 8 else packed), scale
-        assert isinstance(config, Grok1Int4Config)
-        floats = dequantise(unpack(packed, bits), scale, torch.float32)
-        values, scale = quantise_int4(floats, config.group_size, config.scale_search)
-        return pack(values, 4), scale
+        if bits == config.bits == 8:
+            return unpack(packed, 8, out), scale
+        if bits != config.bits:
+            assert isinstance(config, Grok1Int4Config)
+            floats = dequantise(unpack(packed, bits), scale, torch.float32)
+            values, scale = quantise_int4(floats, config.group_size, config.scale_search)
+            packed = pack(values, 4)
+        return packed if out is None else out.copy_(packed), scale
 
     @property
     def reverse_op(self) -> ConversionOps:
         return WritePacked(self.hf_quantizer)
 
 
+@allow_many_to_many
 class WritePacked(ConversionOps):
     """The reverse of `ReadPacked`; adds `weight_shape`."""
 
@@ -311,6 +318,11 @@ class Grok1Quantizer(HfQuantizer):
     requires_calibration = False
     # Transformers derives the parallel plans of the scales from those of the weights.
     serialized_names = {"weight": ["weight", "weight_scale"]}
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes per weight that is quantised while loading, where its empty parameter is floating until then."""
+        return self.quantization_config.bits / 8 if CASTS_BEFORE_QUANTIZING else None
 
     @property
     def is_trainable(self) -> bool:

@@ -34,8 +34,9 @@ class Tile(NamedTuple):
 
 # (few rows, bits) -> tile. Chosen by reasoning for Hopper, unmeasured; `make gpu` writes the winners of a card in this
 # form. Few rows are bound by reading the weight: a tile is as low as the tensor cores allow, and a program keeps
-# block_n * block_k * bits / 8 * (num_stages - 1) bytes in flight, 16 to 24 KiB, of which several programs fit on a
-# multiprocessor. Each row of the tile is at least 128 contiguous bytes, a whole line of the cache.
+# block_n * block_k * bits / 8 * (num_stages - 1) bytes in flight, 12 to 24 KiB, of which several programs fit on a
+# multiprocessor. A step is within one scale block, so groups of 128 take half of block_k of int4's few rows. See
+# benchmarks/GPU.md for registers, shared memory and occupancy.
 TILES = {
     (True, 8): Tile(16, 32, 256, num_warps=4, num_stages=4, split_k=0),
     (True, 4): Tile(16, 64, 256, num_warps=4, num_stages=4, split_k=0),

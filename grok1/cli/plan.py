@@ -22,7 +22,7 @@ grok1 plan --mac 2x256
 
 def plan_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A converted folder, or a preset (demo). Default: the release.")
+        str | None, typer.Argument(metavar="MODEL", help="A converted folder, or a preset. Default: the release.")
     ] = None,
     gpus: Annotated[
         str | None,

@@ -26,7 +26,7 @@ def test_the_bundle_is_small_and_complete():
     files = {path.relative_to(DEMO).as_posix(): path.stat().st_size for path in DEMO.rglob("*") if path.is_file()}
     files = {name: size for name, size in files.items() if "__pycache__" not in name}
     assert sum(files.values()) <= 12_000_000
-    companions = {"__init__.py", "config.json", "passages.json", "tokenizer.model", "training.json"}
+    companions = {"__init__.py", "passages.py", "config.json", "passages.json", "tokenizer.model", "training.json"}
     assert set(files) == companions | {f"ckpt-0/tensor{i:05d}_000" for i in range(2 + 12 * 4)}
 
 

@@ -74,16 +74,6 @@ def test_the_printing_streamer_prints_it(tokenizer, additive, capsys):
         assert capsys.readouterr().out == f" {text}\n"
 
 
-def test_the_decoder_of_whole_texts_would_lose_one_space_a_line(tokenizer, capsys):
-    """What the tests above see: after a newline it takes a space for the dummy prefix."""
-    for text in TEXTS:
-        streamer = TextStreamer(tokenizer)
-        for token in tokenizer(text)["input_ids"]:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
-        assert capsys.readouterr().out == text.replace("\n ", "\n") + "\n"
-
-
 def test_text_comes_while_it_is_generated(tokenizer, additive):
     """Whole words are given out as soon as the next one begins."""
     streamer = TextIteratorStreamer(additive)

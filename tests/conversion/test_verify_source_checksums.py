@@ -133,7 +133,7 @@ def test_control_c_says_that_the_same_command_goes_on(source, table, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="run the same command again to go on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         verify_source(source, release=table, jobs=1)
     monkeypatch.undo()
     found = verify_source(source, release=table)
@@ -188,7 +188,9 @@ def test_a_file_that_changes_while_it_is_read_is_told(source, table, monkeypatch
 
     monkeypatch.setattr(module._Checker, "checksum", changing)
     found = verify_source(source, release=table)
-    assert found.problems == ["tensor00004_000: expected a file at rest, found one that changed meanwhile"]
+    assert found.problems == [
+        "tensor00004_000: expected a file that does not change, found one that changed while it was read"
+    ]
 
 
 def test_another_checkpoint_has_no_published_checksums(source):
@@ -209,7 +211,7 @@ def test_the_command_tells_by_its_exit_code(source, table, monkeypatch):
     monkeypatch.setattr(module, "release_files", lambda: tuple(table))
     sound = CliRunner().invoke(app, [str(source)])
     assert sound.exit_code == 0
-    assert "38 files are as published" in sound.output
+    assert "38 files match the published sums" in sound.output
     os.truncate(source / "tensor00006_000", 100)
     wrong = CliRunner().invoke(app, [str(source), "--jobs", "2", "--json"])
     assert wrong.exit_code == 1
@@ -217,6 +219,6 @@ def test_the_command_tells_by_its_exit_code(source, table, monkeypatch):
     assert (values["right"], values["remembered"], values["is_whole"]) == (37, 37, False)
     text = CliRunner().invoke(app, [str(source)])
     assert f"tensor00006_000: expected {table[6].size} bytes, found 100" in text.output
-    assert "1 are not, 0 are missing" in text.output
+    assert "1 do not match, 0 are missing" in text.output
     both = CliRunner().invoke(app, [str(source), "--against", str(source), "--state", "x"])
     assert both.exit_code == 2

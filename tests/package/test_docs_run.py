@@ -175,8 +175,8 @@ def test_the_messages_that_are_explained_exist():
         "a Git LFS pointer, not the file itself",
     ):
         assert message in text and message in code, message
-    assert re.findall(r"^### (\d+)\.", text, re.M) == [str(n) for n in range(1, 25)]
-    assert text.count("**Why.**") == text.count("**Cure.**") == 24
+    assert re.findall(r"^### (\d+)\.", text, re.M) == [str(n) for n in range(1, 26)]
+    assert text.count("**Why.**") == text.count("**Cure.**") == 25
 
 
 def test_links_between_pages_lead_somewhere():

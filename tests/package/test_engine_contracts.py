@@ -243,10 +243,11 @@ def test_the_fused_layout_fills_no_expert(engine, demo):
     assert all(".experts." in parameter for parameter, _ in left)
 
 
-def test_an_int8_folder_names_a_method_that_no_engine_has(demo):
-    """All three stop at the name, before any weight: scales that they do not know are not taken for weights."""
-    config = json.loads((demo("int8") / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "grok1_int8"
+def test_an_int8_folder_names_a_method_that_engines_know(demo):
+    """compressed-tensors, packed integers: one scale per group, router and head left out."""
+    config = json.loads((demo("int8") / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+    assert config["ignore"] == ["lm_head", r"re:.*block_sparse_moe\.gate$"]
 
 
 def erf_gelu(model: Grok1ForCausalLM) -> None:

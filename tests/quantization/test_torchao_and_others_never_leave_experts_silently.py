@@ -22,6 +22,7 @@ REACHES = {
     "torchao": "linear",
     "fp8": None,
     "grok1_int8": None,
+    "grok1_int4": None,
 }
 NAMES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu.py: what is checked, measured and tuned on an accelerator."""
