@@ -15,19 +15,23 @@ import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from grok1.arrays import RawArray
 from grok1.conversion.companions import write_companions
+from grok1.conversion.finished import finished, is_finished
+from grok1.conversion.inputs import refuse_grok2
 from grok1.conversion.journal import claimed, output_problems
 from grok1.conversion.layout import TORCH_DTYPE, as_bytes, as_tensor
-from grok1.conversion.names import HEAD_NAME, hub_tensors
+from grok1.conversion.names import HEAD_NAME, HubTensor, hub_tensors
 from grok1.conversion.plan import Plan, space_problems, written_config
 from grok1.conversion.ports import FolderSink
 from grok1.conversion.settings import Settings
 from grok1.conversion.shards import Shard, plan_shards
+from grok1.conversion.sums import record_sum
 from grok1.conversion.tokenizer import TOKENIZER_NAME
 from grok1.conversion.write import AGAIN, finish_file
 from grok1.errors import ConversionError
@@ -46,6 +50,8 @@ from modeling_grok1.loading_grok1 import ALIASES
 
 
 BLOCK_BYTES = 64 * 2**20
+# Files of one rank: pytorch_model-00000-007.bin, pytorch_model-00000-TP-007.safetensors.
+PRESHARDED = re.compile(r"-(TP-)?(\d{3}|common)\.(bin|safetensors)$")
 FLOATS = ("bfloat16", "float32")
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
@@ -69,6 +75,14 @@ class Folder:
     tensors: dict[str, Stored]
     states: dict[Path, FileState]
 
+    def changed_since(self, moment_ns: int) -> list[str]:
+        """The files that changed after a moment, one line each."""
+        return [
+            f"{path}: changed after the conversion"
+            for path, state in self.states.items()
+            if max(state.mtime_ns, state.ctime_ns) > moment_ns
+        ]
+
 
 def hub_name(name: str) -> str:
     """The hub layout's name of a tensor, by the renamings with which the model reads other repositories."""
@@ -84,7 +98,8 @@ def adopt(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Plan:
-    """Rewrites `folder` as a hub folder `out`. Run again after an interruption, it resumes.
+    """Rewrites `folder` as a hub folder `out`. Run again after an interruption, it resumes; run again
+    after it finished, it returns at once, with `is_finished` in the plan.
 
     Matrices keep the dtype that most of them have (bfloat16 or float32); norms and routers become float32, which is
     exact from bfloat16. If the folder has no output head, a copy of the embedding is written: it is tied.
@@ -96,6 +111,8 @@ def adopt(
     """
     folder, out = Path(folder), Path(out)
     plan, weights = _plan(folder, out, Settings(max_shard_size=max_shard_size))
+    if is_finished(out):
+        return finished(plan, FolderSink(), weights.changed_since, partial(_read, weights))
     try:
         with claimed(out, plan.record):
             done = 0
@@ -137,10 +154,11 @@ def _plan(folder: Path, out: Path, settings: Settings) -> tuple[Plan, Folder]:
         },
         "source": {file.name: state.lasting for file, state in sorted(weights.states.items())},
     }
-    problems += output_problems(out, record)
-    finished = frozenset(shard.name for shard in shards if not problems and FolderSink().has(shard, out))
-    plan = Plan(out, dtype, "hub", written, tokenizer, shards, finished, record)
-    problems += space_problems(plan)
+    again = is_finished(out)
+    problems += [] if again else output_problems(out, record)
+    done = frozenset(shard.name for shard in shards if not problems and FolderSink().has(shard, out))
+    plan = Plan(out, dtype, "hub", written, tokenizer, shards, done, record)
+    problems += [] if again else space_problems(plan)
     if problems:
         raise ConversionError(f"{folder}: cannot be adopted to {out}", problems, "Nothing was written.")
     return plan, weights
@@ -150,9 +168,14 @@ def _read_config(folder: Path) -> GrokConfig:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+        refuse_grok2(path, values)
         for key in ("architectures", "auto_map", "quantization_config"):
             values.pop(key, None)
         return GrokConfig.from_dict(values)
+    except ConversionError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [str(error)]) from None
 
@@ -162,9 +185,11 @@ def _read_folder(folder: Path) -> tuple[Folder, list[str]]:
     tensors: dict[str, Stored] = {}
     states: dict[Path, FileState] = {}
     problems = []
+    twice: set[str] = set()  # files with a tensor that another file has
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         problems.append(f"{folder}: expected *.safetensors or *.bin files, found none")
+    _refuse_presharded(folder, [file.name for file in files if PRESHARDED.search(file.name)])
     for file in files:
         try:
             states[file] = FileState.of(file)
@@ -178,8 +203,25 @@ def _read_folder(folder: Path) -> tuple[Folder, list[str]]:
                 problems.append(
                     f"{file.name}: {stored.name} is {name}, which is in {tensors[name].array.file.name} already"
                 )
+                twice.add(file.name)
             tensors[name] = stored
+    if len(twice) == len(files) - 1 > 0 and 2 * len(problems) > len(tensors):
+        _refuse_presharded(folder, [file.name for file in files])
     return Folder(tensors, states), problems
+
+
+def _refuse_presharded(folder: Path, files: list[str]) -> None:
+    """Raises ConversionError if there are files with parts of tensors, one file per rank of tensor parallelism."""
+    if files:
+        raise ConversionError(
+            f"{folder}: cannot be adopted: its weights are presharded for tensor parallelism",
+            [
+                f"expected whole tensors, found parts of them in {len(files)} files ({files[0]} and so on): SGLang's "
+                "presharded sets cut w1 and w3 along rows and w2 along columns, one part per rank"
+            ],
+            "Convert xAI's checkpoint (`grok1 convert`), or adopt a repository with whole tensors, such as "
+            "hpcai-tech/grok-1 or keyfan/grok-1-hf.",
+        )
 
 
 def _safetensors(file: Path) -> Iterator[Stored]:
@@ -270,3 +312,10 @@ def _write_shard(path: Path, shard: Shard, weights: Folder) -> Iterator[int]:
         unfinished.unlink(missing_ok=True)
         raise
     finish_file(descriptor, path, {file: weights.states[file] for file in used})
+    record_sum(path)
+
+
+def _read(weights: Folder, shard: Shard, tensor: HubTensor) -> bytes:
+    """The bytes of a small tensor as they are written."""
+    source = weights.tensors[tensor.name].array
+    return bytes(as_bytes(as_tensor(source.read(), source.dtype).to(TORCH_DTYPE[tensor.dtype]).contiguous()))

@@ -1,4 +1,4 @@
-"""Everything in a converted folder that is not a shard: config, code, tokenizer, card, license, index."""
+"""Everything in a converted folder that is not a shard: config, code, tokenizer, card, license, sums, index."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 from grok1.conversion.facts import card_facts
 from grok1.conversion.plan import Plan
 from grok1.conversion.shards import index_text
+from grok1.conversion.sums import RECORD_NAME, write_sums
 from grok1.conversion.tokenizer import convert_tokenizer
-from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, sync_folder
+from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, SUMS_NAME, sync_folder
 from grok1.model_card.card import write_card
 from modeling_grok1.configuration_grok1 import MLX_FILE
 
@@ -23,17 +24,19 @@ def write_companions(plan: Plan) -> None:
     staging = plan.out / f".companions{PARTIAL_SUFFIX}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    names = companion_files(staging, plan)
-    for name in names:
+    *names, index = companion_files(staging, plan)
+    write_sums(staging, plan.out, [shard.name for shard in plan.shards])
+    for name in (*names, SUMS_NAME, index):
         with (staging / name).open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(staging / name, plan.out / name)
     shutil.rmtree(staging)
+    (plan.out / RECORD_NAME).unlink(missing_ok=True)
     sync_folder(plan.out)
 
 
 def companion_files(folder: Path, plan: Plan) -> list[str]:
-    """Writes them to any folder; returns their names, the index last."""
+    """Writes them, without the sums, to any folder; returns their names, the index last."""
     plan.config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=plan.config.bos_token_id,

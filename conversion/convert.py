@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grok1.conversion.finished import finished, is_finished, read_source, small_files
 from grok1.conversion.from_hub import SCHEME, find_on_hub
-from grok1.conversion.inputs import find_folder
+from grok1.conversion.inputs import Checkpoint, find_folder
 from grok1.conversion.plan import Plan, plan_conversion
 from grok1.conversion.ports import FolderSink, Sink
 from grok1.conversion.settings import Settings
@@ -36,7 +38,8 @@ def convert(
 ) -> Plan:
     """Converts xAI's checkpoint to a folder that Transformers loads and the hub accepts.
 
-    Run again with the same arguments after an interruption, it resumes with the first shard that is not finished.
+    Run again with the same arguments after an interruption, it resumes with the first shard that is not finished. Run
+    again after it finished, it returns at once, with `is_finished` in the plan.
 
     Args:
         source: the folder with the tensor files, or the one above its ckpt-0/ or ckpt/; or hf://owner/name[@revision].
@@ -60,14 +63,27 @@ def convert(
     if settings.push_to is not None:
         if settings.problems():
             raise ConversionError(f"{source}: cannot be converted to {out}", settings.problems())
-        sink = HubSink(settings.push_to, settings.private, settings.discard_output)
+        sink = HubSink(settings.push_to, out, settings.private, settings.discard_output)
     find = find_on_hub if os.fspath(source).startswith(SCHEME) else find_folder
     checkpoint = find(os.fspath(source), out, settings)
-    plan = plan_conversion(checkpoint, out, settings, sink)
-    finished = False
+    done = False
     try:
-        run(plan, checkpoint.source, sink, jobs or available_cores(), progress)
-        finished = True
+        if is_finished(out):
+            plan = _finished(checkpoint, out, settings, sink)
+        else:
+            plan = plan_conversion(checkpoint, out, settings, sink)
+            run(plan, checkpoint.source, sink, jobs or available_cores(), progress)
+        done = True
     finally:
-        checkpoint.source.close(finished)
+        checkpoint.source.close(done)
+    return plan
+
+
+def _finished(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) -> Plan:
+    """The plan of the finished conversion in `out`; sends what the sink does not have yet."""
+    plan = plan_conversion(checkpoint, out, settings, sink, check_place=False, check_space=False)
+    source = checkpoint.source
+    source.schedule(small_files(plan))
+    plan = finished(plan, sink, source.changed_since, partial(read_source, source))
+    sink.folder_finished(out)
     return plan

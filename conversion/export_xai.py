@@ -7,6 +7,8 @@ memory at a time.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,13 +18,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from grok1.arrays import RawArray, count_nonfinite, folder_arrays
 from grok1.conversion.inputs import read_config
+from grok1.conversion.journal import JOURNAL_NAME, LOCK_NAME, claimed, output_problems
 from grok1.conversion.layout import as_tensor, transpose
 from grok1.conversion.names import (
     HEAD_NAME,
@@ -34,21 +39,30 @@ from grok1.conversion.names import (
     hub_tensors,
     parts_by_entry,
 )
+from grok1.conversion.plan import COMPANION_BYTES
 from grok1.conversion.streaming import available_cores
 from grok1.conversion.tokenizer import TOKENIZER_NAME
+from grok1.conversion.write import AGAIN
+from grok1.conversion.xai.checkpoint import check_unchanged
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
-from grok1.files import ITEMSIZE, PARTIAL_SUFFIX, Progress, write_file
+from grok1.files import ITEMSIZE, PARTIAL_SUFFIX, FileState, Progress, sync_folder, unwritable, write_file
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
 
 
 FOLDER_NAME = "ckpt-0"
+UNFINISHED_NAME = f"{FOLDER_NAME}{PARTIAL_SUFFIX}"
+PROGRESS_NAME = f".grok1-export.json{PARTIAL_SUFFIX}"
 # Elements in a block of a worker: 4 MiB in float32, with at most six such temporaries.
 BLOCK_ELEMENTS = 2**20
 # What a config says about its folder only: how its weights are stored and where their code is.
 NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
+
+
+class _UnfitError(ConversionError):
+    """The weights themselves cannot be exported: running again does not help."""
 
 
 @dataclass
@@ -65,6 +79,14 @@ class Loss:
     def mean(self) -> float:
         return self.total / self.elements if self.elements else 0.0
 
+    def add(self, other: Loss) -> None:
+        """Takes in the error of other files."""
+        self.files += other.files
+        self.elements += other.elements
+        self.total += other.total
+        self.largest = max(self.largest, other.largest)
+        self.largest_in_steps = max(self.largest_in_steps, other.largest_in_steps)
+
 
 @dataclass
 class ExportReport:
@@ -76,6 +98,7 @@ class ExportReport:
         exact: how many hold exactly the stored numbers, as xAI would have written them.
         widened: names of files whose numbers were stored in bfloat16 where xAI has float32.
         losses: by kind, for matrices that were quantised again.
+        is_finished: whether an earlier run finished the export; then only `folder`, `files` and `nbytes` are known.
     """
 
     folder: Path
@@ -84,6 +107,18 @@ class ExportReport:
     exact: int = 0
     widened: list[str] = field(default_factory=list)
     losses: dict[str, Loss] = field(default_factory=dict)
+    is_finished: bool = False
+
+    def add(self, file: _File, loss: Loss) -> None:
+        """Counts a file that was written."""
+        self.files += 1
+        self.nbytes += file.frame.size
+        if loss.files:
+            self.losses.setdefault(file.entry.kind.name, Loss()).add(loss)
+        elif file.entry.kind.quantised or file.weights[0].dtype == "float32":
+            self.exact += 1
+        else:
+            self.widened.append(file.entry.file)
 
 
 @dataclass(frozen=True)
@@ -112,7 +147,8 @@ def export_xai(
 ) -> ExportReport:
     """Writes the model in `folder` to `out`/ckpt-0 in xAI's format, with config.json and tokenizer.model beside it.
 
-    The files appear together: until the last one is written they lie in `out`/ckpt-0.partial.
+    The files appear together: until the last one is written they are in `out`/ckpt-0.partial. Run again after an
+    interruption, it resumes; run again after it finished, it returns at once.
 
     Args:
         folder: a converted folder in any layout, in bfloat16, float32, int8 or int4.
@@ -124,59 +160,197 @@ def export_xai(
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ConversionError: `out` is not empty, or the folder is not a whole Grok-1; with all problems, before any work.
-            Or a matrix is not finite, or the head is not the embedding: then what was written is removed.
+        ConversionError: `out` is not empty, the folder is not a complete Grok-1, or xAI's code cannot compute the
+            model; with all problems, before any work. Or a matrix is not finite: then what was written is removed.
+        CheckpointError: a file of the folder changed while it was read.
     """
     folder, out = Path(folder), Path(out)
-    config = read_config(folder / "config.json")
-    packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
-    files, head, problems = _plan(folder, config, packing, scale_blocks)
-    total = sum(file.frame.size for file in files)
-    problems = _place_problems(out, total) + problems
+    plan, problems = _plan_export(folder, scale_blocks)
+    if not problems and _is_finished(plan, out):
+        return ExportReport(out / FOLDER_NAME, len(plan.files), plan.nbytes, is_finished=True)
+    problems = _place_problems(out, plan) + problems
     if problems:
         raise ConversionError(f"{folder}: cannot be exported to {out}", problems, "Nothing was written.")
-
-    report = ExportReport(out / FOLDER_NAME)
-    unfinished = out / f"{FOLDER_NAME}{PARTIAL_SUFFIX}"
     created = not out.exists()
-    unfinished.mkdir(parents=True)
     try:
-        if head is not None:
-            _check_head(head, files[0].weights[0])
-        with _Writer(jobs or available_cores(), report) as writer:
-            for file in files:
-                writer.write(file, unfinished / file.entry.file)
-                if progress is not None:
-                    progress(report.nbytes, total)
-        _write_companions(folder, out)
-        os.replace(unfinished, out / FOLDER_NAME)
-    except BaseException:
-        shutil.rmtree(out if created else unfinished, ignore_errors=True)
+        with claimed(out, plan.record):
+            return _run(plan, out, jobs or available_cores(), progress)
+    except _UnfitError:
+        shutil.rmtree(out if created else out / UNFINISHED_NAME, ignore_errors=True)
+        for name in () if created else (JOURNAL_NAME, LOCK_NAME, PROGRESS_NAME):
+            (out / name).unlink(missing_ok=True)
         raise
+    except OSError as error:
+        raise unwritable(out, error, AGAIN) from error
+
+
+def _run(plan: _Plan, out: Path, jobs: int, progress: Progress | None) -> ExportReport:
+    """Writes the files that an earlier run did not finish; those appear together at the end."""
+    report = ExportReport(out / FOLDER_NAME)
+    unfinished, done = out / UNFINISHED_NAME, _Progress(out / PROGRESS_NAME)
+    renamed = report.folder.exists()  # an earlier run ended after all files were written
+    if renamed and not done.path.is_file():  # and after everything else
+        return ExportReport(report.folder, len(plan.files), plan.nbytes, is_finished=True)
+    if not renamed:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    with _Writer(jobs) as writer:
+        for file in plan.files:
+            path = unfinished / file.entry.file
+            loss = done.get(file) if renamed or _has_bytes(path, file) else None
+            if loss is None and not renamed:
+                loss = writer.write(file, path)
+                for source in {array.file for array in (*file.weights, *file.scales)}:
+                    check_unchanged(source, plan.states[source])
+                done.put(file, loss)
+            report.add(file, loss or Loss())
+            if progress is not None:
+                progress(report.nbytes, plan.nbytes)
+    for name, content in plan.companions.items():
+        write_file(out / name, content)
+    if not renamed:
+        os.replace(unfinished, report.folder)
+        sync_folder(out)
+    (out / PROGRESS_NAME).unlink(missing_ok=True)
     return report
+
+
+class _Progress:
+    """The finished files of an unfinished export, with the losses of those that were quantised again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.losses: dict[str, dict[str, Any]] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self.losses = {}
+
+    def get(self, file: _File) -> Loss | None:
+        """The loss of a file that an earlier run finished; None of another one."""
+        values = self.losses.get(file.entry.file)
+        return None if values is None else Loss(**values)
+
+    def put(self, file: _File, loss: Loss) -> None:
+        self.losses[file.entry.file] = dataclasses.asdict(loss)
+        write_file(self.path, json.dumps(self.losses) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plan
 
 
-def _place_problems(out: Path, needed: int) -> list[str]:
-    if os.path.lexists(out) and not out.is_dir():
-        return [f"{out}: expected a folder or nothing, found a file"]
-    if out.is_dir() and any(out.iterdir()):
-        return [f"{out}: expected an empty folder or none, found {sum(1 for _ in out.iterdir())} entries"]
+@dataclass(frozen=True)
+class _Plan:
+    """An export that was checked.
+
+    Args:
+        files: to be written.
+        companions: the small files beside them, by name.
+        states: of the shards, when their headers were read.
+        record: what the journal says.
+    """
+
+    files: list[_File]
+    companions: dict[str, bytes]
+    states: dict[Path, FileState]
+    record: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.frame.size for file in self.files)
+
+
+def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
+    config = read_config(folder / "config.json")
+    packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+    found = folder_arrays(folder)
+    states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
+    files, head, problems = _plan_files(found, config, packing, scale_blocks)
+    problems = _model_problems(config) + problems
+    if head is not None and files and not problems:
+        problems += _head_problems(head, files[0].weights[0])
+    companions = _companions(folder)
+    record = {
+        "settings": {
+            "scale_blocks": scale_blocks,
+            "version": version("modeling-grok1"),
+            **{name: hashlib.sha256(content).hexdigest() for name, content in companions.items()},
+        },
+        "source": {path.name: state.lasting for path, state in sorted(states.items())},
+    }
+    return _Plan(files, companions, states, record), problems
+
+
+def _model_problems(config: GrokConfig) -> list[str]:
+    """What xAI's code computes otherwise: these are constants in it, one line per problem."""
+    rope = config.rope_parameters or {}
+    expected = {
+        "attn_logit_softcapping": (config.attn_logit_softcapping, 30.0),
+        "rope_parameters.rope_theta": (rope.get("rope_theta"), 10000.0),
+        "rope_parameters.rope_type": (rope.get("rope_type"), "default"),
+        "rms_norm_eps": (config.rms_norm_eps, 1e-5),
+        "num_experts": (config.num_experts, 8),
+        "hidden_act": (config.hidden_act, "gelu_pytorch_tanh"),
+        "router_logit_softcapping": (config.router_logit_softcapping or 0.0, 0.0),
+        "norm_topk_prob": (config.norm_topk_prob, False),
+        "moe_router_renormalize": (config.moe_router_renormalize, False),
+        "residual_moe": (config.residual_moe, False),
+        "tie_word_embeddings": (config.tie_word_embeddings, True),
+    }
+    problems = [
+        f"{name}: expected {value!r}, a constant of xAI's code, found {found!r}"
+        for name, (found, value) in expected.items()
+        if found != value
+    ]
+    if config.intermediate_size % 8:
+        problems.append(
+            f"intermediate_size: expected a multiple of 8, as xAI's code rounds it, found {config.intermediate_size}"
+        )
+    return problems
+
+
+def _is_finished(plan: _Plan, out: Path) -> bool:
+    """Whether an earlier run finished this export: all files have their sizes, and the small ones their bytes."""
+    if (out / JOURNAL_NAME).exists() or not (out / FOLDER_NAME).is_dir():
+        return False
+    written = min((path.stat().st_mtime_ns for path in (out / FOLDER_NAME).iterdir()), default=0)
+    if any(max(state.mtime_ns, state.ctime_ns) > written for state in plan.states.values()):
+        return False
+    for name, content in plan.companions.items():
+        if not (out / name).is_file() or (out / name).read_bytes() != content:
+            return False
+    names = {file.entry.file for file in plan.files}
+    if {path.name for path in (out / FOLDER_NAME).iterdir()} != names:
+        return False
+    return all(_has_bytes(out / FOLDER_NAME / file.entry.file, file) for file in plan.files)
+
+
+def _has_bytes(path: Path, file: _File) -> bool:
+    if not path.is_file() or path.stat().st_size != file.frame.size:
+        return False
+    with path.open("rb") as stream:
+        if stream.read(len(file.frame.before)) != file.frame.before:
+            return False
+        if file.entry.kind.name.startswith(("norm", "router")):
+            return all(stream.read(piece.nbytes) == piece.tobytes() for piece in _float_pieces(file))
+    return True
+
+
+def _place_problems(out: Path, plan: _Plan) -> list[str]:
+    problems = output_problems(out, plan.record)
     existing = next(place for place in (out, *out.absolute().parents) if place.is_dir())
     if not os.access(existing, os.W_OK):
         return [f"{out}: expected a place that can be written, found {existing} to be read-only"]
     free = shutil.disk_usage(existing).free
-    return [f"{out}: expected {needed} bytes of free disk, found {free}"] if free < needed else []
+    done = sum(path.stat().st_size for path in (out / UNFINISHED_NAME).glob("tensor*"))
+    needed = plan.nbytes - min(done, plan.nbytes) + COMPANION_BYTES
+    return problems + ([f"{out}: expected {needed:,} bytes of free disk, found {free:,}"] if free < needed else [])
 
 
-def _plan(
-    folder: Path, config: GrokConfig, packing: tuple[int, int] | None, scale_blocks: int
+def _plan_files(
+    found: dict[str, RawArray], config: GrokConfig, packing: tuple[int, int] | None, scale_blocks: int
 ) -> tuple[list[_File], RawArray | None, list[str]]:
     """The files to be written, the head if the folder has one, and every problem."""
-    found = folder_arrays(folder)
+    found = dict(found)
     head = found.pop(HEAD_NAME, None)
     tensors = _expected(config, packing, set(found))
     problems = [f"{name}: expected a tensor {t.shape}, found none" for name, t in tensors.items() if name not in found]
@@ -275,8 +449,8 @@ def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
 class _Writer:
     """Writes one file after the other, the blocks of each expert on all workers. A context manager."""
 
-    def __init__(self, jobs: int, report: ExportReport):
-        self.report, self.lock = report, threading.Lock()
+    def __init__(self, jobs: int):
+        self.lock = threading.Lock()
         self.workers = ThreadPoolExecutor(jobs, "grok1-export")
         self.threads_before = torch.get_num_threads()
         # The workers are the parallelism: torch must not start threads inside each operator.
@@ -289,29 +463,24 @@ class _Writer:
         self.workers.shutdown(cancel_futures=True)
         torch.set_num_threads(self.threads_before)
 
-    def write(self, file: _File, path: Path) -> None:
+    def write(self, file: _File, path: Path) -> Loss:
+        """Writes a file; returns its loss, which is empty if it was not quantised again."""
+        loss = Loss()
         if not file.entry.kind.quantised:
             write_tensor_file(path, file.frame, _float_pieces(file))
-            if file.weights[0].dtype == "float32":
-                self.report.exact += 1
-            else:
-                self.report.widened.append(file.entry.file)
+            return loss
+        assert file.frame.scales_shape is not None
+        scales = np.empty((len(file.weights), *file.frame.scales_shape[-2:]), np.uint16)
+        if file.is_exact:
+            for expert, array in enumerate(file.scales):
+                stored = array.read()
+                scales[expert] = stored[:, :: stored.shape[1] // scales.shape[1]].T
+            fill = partial(_turn, file)
         else:
-            assert file.frame.scales_shape is not None
-            scales = np.empty((len(file.weights), *file.frame.scales_shape[-2:]), np.uint16)
-            if file.is_exact:
-                for expert, array in enumerate(file.scales):
-                    stored = array.read()
-                    scales[expert] = stored[:, :: stored.shape[1] // scales.shape[1]].T
-                fill = partial(_turn, file)
-                self.report.exact += 1
-            else:
-                loss = self.report.losses.setdefault(file.entry.kind.name, Loss())
-                loss.files += 1
-                fill = partial(self.requantise, file, scales, loss)
-            write_tensor_file(path, file.frame, self.matrices(file, fill), lambda: scales)
-        self.report.files += 1
-        self.report.nbytes += file.frame.size
+            loss.files = 1
+            fill = partial(self.requantise, file, scales, loss)
+        write_tensor_file(path, file.frame, self.matrices(file, fill), lambda: scales)
+        return loss
 
     def matrices(self, file: _File, fill: Callable[[int, np.ndarray, int, int], None]) -> Iterator[np.ndarray]:
         """Each expert's matrix (in, out) in one buffer; `fill(expert, matrix, start, stop)` writes its columns."""
@@ -332,7 +501,7 @@ class _Writer:
         values, scale = quantise_int8(rows, scales.shape[1])
         # NaN and infinity are carried into the largest value of their block.
         if not torch.isfinite(scale).all():
-            raise ConversionError(
+            raise _UnfitError(
                 f"{file.weights[expert].file}: cannot be exported",
                 [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
             )
@@ -344,7 +513,7 @@ class _Writer:
         steps = torch.where(worst > 0, worst / scale.float(), 0.0).max().item()
         # float32 rounds the quotient: a value in the middle between two steps may be that much over.
         if steps > 0.5 + 1e-4:
-            raise ConversionError(
+            raise _UnfitError(
                 f"{file.weights[expert].file}: cannot be exported",
                 [f"{file.entry.path}: expected an error of half a step, found {steps:.3f} (weights near 1e-38)"],
             )
@@ -395,20 +564,20 @@ def _float_rows(array: RawArray, start: int, stop: int) -> torch.Tensor:
     return as_tensor(array.read_rows((), start, stop), array.dtype).to(torch.float32)
 
 
-def _check_head(head: RawArray, embedding: RawArray) -> None:
+def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
     """xAI's format has no head of its own."""
     for start, stop in _row_blocks(embedding):
         if not torch.equal(_float_rows(head, start, stop), _float_rows(embedding, start, stop)):
-            raise ConversionError(
-                f"{head.file}: cannot be exported",
-                [f"{HEAD_NAME}: expected the embedding (rows {start} to {stop}), found another head"],
-                "xAI's format ties the head to the embedding: this model would lose its head.",
-            )
+            return [
+                f"{HEAD_NAME}: expected the embedding, to which xAI ties it, found other rows in {start} to {stop}"
+            ]
+    return []
 
 
-def _write_companions(folder: Path, out: Path) -> None:
+def _companions(folder: Path) -> dict[str, bytes]:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
-    write_file(out / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    companions = {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     if (folder / TOKENIZER_NAME).is_file():
-        write_file(out / TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
+        companions[TOKENIZER_NAME] = (folder / TOKENIZER_NAME).read_bytes()
+    return companions

@@ -48,11 +48,13 @@ class HubCheckpoint:
     Args:
         repo: owner/name.
         commit: the commit of the revision when it was looked up; everything is read from it.
+        modified_ns: when the repository was last changed, in nanoseconds since 1970; 0 if the hub does not say.
         files: every file of the repository by its path.
     """
 
     repo: str
     commit: str
+    modified_ns: int
     files: dict[str, RepoFile]
 
     def path_of(self, file: str) -> str | None:
@@ -75,7 +77,8 @@ def look_up(uri: str) -> HubCheckpoint:
         raise ConversionError(f"{uri}: expected hf://owner/name or hf://owner/name@revision")
     try:
         api = HfApi()
-        commit = api.repo_info(match["repo"], revision=match["revision"]).sha
+        info = api.repo_info(match["repo"], revision=match["revision"])
+        commit = info.sha
         tree = api.list_repo_tree(match["repo"], recursive=True, revision=commit)
         files = {item.path: item for item in tree if isinstance(item, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -85,7 +88,8 @@ def look_up(uri: str) -> HubCheckpoint:
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError) as error:
         raise ConversionError(f"{uri}: the hub did not answer", [str(error)], "Run it again.") from error
-    return HubCheckpoint(match["repo"], str(commit), files)
+    modified = getattr(info, "last_modified", None)
+    return HubCheckpoint(match["repo"], str(commit), int(modified.timestamp() * 1e9) if modified else 0, files)
 
 
 def examine(checkpoint: HubCheckpoint, entries: Sequence[Entry]) -> tuple[dict[int, RepoFile], list[str]]:
@@ -154,6 +158,11 @@ class HubSource:
     @property
     def scratch_bytes(self) -> int:
         return 0 if self.scratch is None else self.scratch_limit
+
+    def changed_since(self, moment_ns: int) -> list[str]:
+        if self.checkpoint.modified_ns <= moment_ns:
+            return []
+        return [f"hf://{self.checkpoint.repo}: changed after the conversion"]
 
     def order_problems(self, needed: Sequence[Sequence[int]]) -> list[str]:
         least = scratch_needed(needed, self.files)

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grok1.conversion.names import checkpoint_entries
 from grok1.conversion.ports import FolderSource, Source
@@ -115,14 +116,34 @@ def read_config(path: Path) -> GrokConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
+        refuse_grok2(path, values)
         model_type = values.get("model_type", GrokConfig.model_type)
         if model_type != GrokConfig.model_type:
             raise ValueError(f"model_type: expected {GrokConfig.model_type!r}, found {model_type!r}")
         for key in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
             values.pop(key, None)
         return GrokConfig(**values)
+    except ConversionError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [f"{path.name}: {error}"]) from None
+
+
+def refuse_grok2(path: Path, values: dict[str, Any]) -> None:
+    """Raises ConversionError if a config is that of Grok-2, whose fields look like those of Grok-1."""
+    signs = [
+        f"{key}: {values[key]!r}"
+        for key, value in {"model_type": "git", "residual_moe": True}.items()
+        if values.get(key) == value
+    ]
+    if signs:
+        raise ConversionError(
+            f"{path}: this is Grok-2, and these tools are for Grok-1",
+            signs,
+            "Grok-2 runs in SGLang, as https://huggingface.co/xai-org/grok-2 says: python3 -m sglang.launch_server "
+            "--model FOLDER --tokenizer-path FOLDER/tokenizer.tok.json --tp 8 --quantization fp8 "
+            "--attention-backend triton",
+        )
 
 
 def find_tokenizer(candidates: list[Path], settings: Settings, vocab_size: int) -> tuple[Path | None, list[str]]:

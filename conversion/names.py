@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from grok1.errors import ConversionError
 from grok1.files import ITEMSIZE
 
 
@@ -109,6 +110,8 @@ BLOCK_KINDS = (
 
 KINDS = {kind.name: kind for kind in (*TOP_KINDS, *BLOCK_KINDS)}
 HEAD_NAME = "lm_head.weight"
+# The release has 64 layers of 8 experts.
+MAX_LAYERS, MAX_EXPERTS = 4096, 2**17
 LAYER_PREFIX = {
     "hub": "model.layers.{n}.",
     "fused": "model.layers.{n}.",
@@ -193,6 +196,7 @@ def xai_layer_order(num_layers: int) -> list[int]:
 
 def checkpoint_entries(config: GrokSizes) -> list[Entry]:
     """Every file of a checkpoint of these sizes, in the order of its index (the release: 770)."""
+    _check_sizes(config)
     sizes = _sizes(config)
     rows: list[tuple[int | None, Kind]] = [(None, kind) for kind in TOP_KINDS]
     rows += [(layer, kind) for layer in xai_layer_order(config.num_hidden_layers) for kind in BLOCK_KINDS]
@@ -207,6 +211,16 @@ def checkpoint_entries(config: GrokSizes) -> list[Entry]:
         )
         for index, (layer, kind) in enumerate(rows)
     ]
+
+
+def _check_sizes(config: GrokSizes) -> None:
+    """Raises ConversionError for a config with more tensors than anyone can store, before their names are made."""
+    layers, experts = config.num_hidden_layers, max(1, config.num_experts)
+    if layers > MAX_LAYERS or layers * experts > MAX_EXPERTS:
+        raise ConversionError(
+            f"expected at most {MAX_LAYERS:,} layers and {MAX_EXPERTS:,} experts in all, found {layers:,} layers "
+            f"of {experts:,} experts"
+        )
 
 
 def hub_tensors(

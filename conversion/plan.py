@@ -42,6 +42,7 @@ class Plan:
         record: what the journal says.
         scratch_bytes: disk space that the source takes in `out` while it is read.
         keeps_shards: whether finished shards stay in `out`.
+        is_finished: whether an earlier run finished all of it.
     """
 
     out: Path
@@ -54,6 +55,7 @@ class Plan:
     record: dict[str, Any]
     scratch_bytes: int = 0
     keeps_shards: bool = True
+    is_finished: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +76,13 @@ class Plan:
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink | None = None, *, check_space: bool = True
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: Settings,
+    sink: Sink | None = None,
+    *,
+    check_place: bool = True,
+    check_space: bool = True,
 ) -> Plan:
     """Plans a conversion and checks everything that it needs.
 
@@ -83,7 +91,8 @@ def plan_conversion(
         out: a folder that does not exist, is empty, or holds an unfinished conversion of the same source and settings.
         settings: how.
         sink: what receives the shards; by default they stay in `out`.
-        check_space: whether too little disk space is a problem.
+        check_place: whether files that are in `out` already are a problem.
+        check_space: whether too little disk space is one.
 
     Raises:
         CheckpointError, ConversionError: with all problems at once.
@@ -92,8 +101,10 @@ def plan_conversion(
     problems = settings.problems() + checkpoint.problems
     plan = None
     if not settings.problems():
-        plan, place_problems = _planned(checkpoint, out, settings, sink)
-        problems += place_problems
+        plan, file_problems = _planned(checkpoint, out, settings, sink)
+        problems += file_problems
+        if check_place:
+            problems += output_problems(out, plan.record)
         if check_space:
             problems += space_problems(plan)
     if checkpoint.file_problems:
@@ -106,7 +117,7 @@ def plan_conversion(
 
 
 def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) -> tuple[Plan, list[str]]:
-    """The plan, and what stands against its place and its order of files, one line per problem."""
+    """The plan, and what stands against its groups and its order of files, one line per problem."""
     config, source = checkpoint.config, checkpoint.source
     entries = checkpoint_entries(config)
     released = {entry.index: entry.kind.scale_blocks for entry in entries if entry.kind.quantised}
@@ -128,10 +139,10 @@ def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) 
         },
         "source": source.identity(),
     }
-    problems += output_problems(out, record)
     if not checkpoint.file_problems:
         problems += source.order_problems([source_files(shard) for shard in shards])
-    finished = frozenset(shard.name for shard in shards if not problems and sink.has(shard, out))
+    ours = not problems and not output_problems(out, record)
+    finished = frozenset(shard.name for shard in shards if ours and sink.has(shard, out))
     plan = Plan(
         *(out, settings.dtype, settings.layout, written, checkpoint.tokenizer, shards, finished, record),
         scratch_bytes=source.scratch_bytes,

@@ -24,6 +24,9 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """What distinguishes this source from another one, as JSON values, by file name."""
 
+    def changed_since(self, moment_ns: int) -> list[str]:
+        """What of the source changed after a moment (nanoseconds since 1970), one line each."""
+
     def order_problems(self, needed: Sequence[Sequence[int]]) -> list[str]:
         """Why shards that need these files, in this order, cannot be read; one line per problem."""
 
@@ -41,7 +44,7 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """What receives finished files."""
+    """What receives finished files. Its methods can be called again for what was received already."""
 
     @property
     def keeps_shards(self) -> bool:
@@ -76,6 +79,13 @@ class FolderSource:
 
     def identity(self) -> dict[str, Any]:
         return {file.path.name: file.state.lasting for file in self.files.values()}
+
+    def changed_since(self, moment_ns: int) -> list[str]:
+        return [
+            f"{file.path}: changed after the conversion"
+            for file in self.files.values()
+            if max(file.state.mtime_ns, file.state.ctime_ns) > moment_ns
+        ]
 
     def order_problems(self, needed: Sequence[Sequence[int]]) -> list[str]:
         return []

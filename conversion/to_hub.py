@@ -1,51 +1,50 @@
 """A repository on the Hugging Face hub as the sink of a conversion.
 
-Each shard is uploaded and committed when it is finished; config, code, index and card follow in one last commit. A
-repository without an index is not a model for any loader, so an unfinished upload is never taken for a model.
+Each shard is uploaded and committed when it is finished; config, code, index, sums and card follow in one last commit.
+A repository without an index is not a model for any loader, so an unfinished upload is never taken for a model.
+
+What the hub has is found by comparing its checksums with the recorded sums (`sums`), so every step can be repeated.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from grok1.conversion.from_hub import checksum_problem
 from grok1.conversion.journal import OWN_NAMES
 from grok1.conversion.ports import FolderSink
 from grok1.conversion.shards import Shard
+from grok1.conversion.sums import RECORD_NAME, recorded_sums
 from grok1.errors import ConversionError
-from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, sha256_of, write_file
+from grok1.files import INDEX_NAME
 
 
-PUSHED_NAME = f".pushed{PARTIAL_SUFFIX}"  # inside the output folder: SHA-256 of what was uploaded
+SHARDS = "model-*.safetensors"
 
 
 class HubSink(FolderSink):
     """`ports.Sink` that uploads.
 
     Args:
-        repo: owner/name; made if it does not exist.
+        repo: owner/name; created with the first upload if it does not exist.
+        out: the folder of the conversion.
         private: whether a new repository is private.
-        discard: delete a shard here when the hub has it.
+        discard: delete each local shard when the hub has it.
 
     Raises:
-        ConversionError: the repository cannot be made or read, or already holds a complete model.
+        ConversionError: the repository cannot be read, or already holds a complete model of something else.
     """
 
-    def __init__(self, repo: str, private: bool = False, discard: bool = False):
-        self.repo, self.discard, self.api = repo, discard, HfApi()
+    def __init__(self, repo: str, out: Path, private: bool = False, discard: bool = False):
+        self.repo, self.private, self.discard, self.api = repo, private, discard, HfApi()
         self.keeps_shards = not discard
-        try:
-            self.api.create_repo(repo, private=private, exist_ok=True)
-            tree = self.api.list_repo_tree(repo, recursive=True)
-            self.remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
-        except (HfHubHTTPError, httpx2.HTTPError) as error:
-            raise self._failed(error) from error
-        if INDEX_NAME in self.remote:
+        self.exists = True
+        self.remote = self._list()
+        if INDEX_NAME in self.remote and not self._is_ours(out):
             raise ConversionError(
                 f"{repo}: expected an empty repository or an unfinished upload, found a whole model ({INDEX_NAME})",
                 next_step="Push to another repository, or delete the files of this one first.",
@@ -53,46 +52,56 @@ class HubSink(FolderSink):
 
     def has(self, shard: Shard, out: Path) -> bool:
         """Whether an earlier run finished the shard: the hub has the bytes that were written, or they are here."""
-        return self._uploaded(shard.name, out) or super().has(shard, out)
-
-    def _uploaded(self, name: str, out: Path) -> bool:
-        remote, record = self.remote.get(name), self._record(out).get(name)
-        return remote is not None and remote.lfs is not None and remote.lfs.sha256 == record
+        return self._uploaded(shard.name, recorded_sums(out)) or super().has(shard, out)
 
     def shard_finished(self, path: Path) -> None:
-        record = self._record(path.parent)
-        record[path.name] = sha256_of(path)
-        if not self._uploaded(path.name, path.parent):
+        if not self._uploaded(path.name, recorded_sums(path.parent)):
             self._commit([path], f"Add {path.name}")
-        # After the commit: what is recorded is on the hub.
-        write_file(path.parent / PUSHED_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
-        self.remote = {item.path: item for item in self._list()}
-        if self.discard:
+            self.remote = self._list()
             problem = checksum_problem(path, self.remote[path.name])
             if problem:
                 raise ConversionError(f"{self.repo}: not what was uploaded", [problem])
+        if self.discard:
             path.unlink()
 
     def folder_finished(self, out: Path) -> None:
-        for path in sorted(out.glob("model-*.safetensors")):
-            if not self._uploaded(path.name, out):  # an earlier run was cut off between writing and uploading it
-                self.shard_finished(path)
-        skip = {*OWN_NAMES, PUSHED_NAME, *self._record(out)}
+        for path in sorted(out.glob(SHARDS)):  # an earlier run may have ended between writing and uploading one
+            self.shard_finished(path)
+        skip = {*OWN_NAMES, RECORD_NAME, *(path.name for path in out.glob(SHARDS))}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
-        self._commit(files, "Add config, code, tokenizer, index and card")
-        (out / PUSHED_NAME).unlink(missing_ok=True)
+        files = [
+            path for path in files if path.name not in self.remote or checksum_problem(path, self.remote[path.name])
+        ]
+        if files:
+            self._commit(files, "Add config, code, tokenizer, index, sums and card")
+
+    def _is_ours(self, out: Path) -> bool:
+        """Whether the shards of the repository are those that an earlier run wrote to `out`."""
+        sums = recorded_sums(out)
+        shards = [name for name in self.remote if Path(name).match(SHARDS)]
+        return bool(shards) and all(self._uploaded(name, sums) for name in shards)
+
+    def _uploaded(self, name: str, sums: dict[str, str]) -> bool:
+        remote = self.remote.get(name)
+        return remote is not None and remote.lfs is not None and remote.lfs.sha256 == sums.get(name)
 
     def _commit(self, paths: list[Path], message: str) -> None:
         operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
         try:
+            if not self.exists:
+                self.api.create_repo(self.repo, private=self.private, exist_ok=True)
+                self.exists = True
             self.api.create_commit(self.repo, operations=operations, commit_message=message)
         except (HfHubHTTPError, httpx2.HTTPError) as error:
             raise self._failed(error) from error
 
-    def _list(self) -> list[RepoFile]:
+    def _list(self) -> dict[str, RepoFile]:
         try:
             tree = self.api.list_repo_tree(self.repo, recursive=True)
-            return [item for item in tree if isinstance(item, RepoFile)]
+            return {item.path: item for item in tree if isinstance(item, RepoFile)}
+        except RepositoryNotFoundError:
+            self.exists = False
+            return {}
         except (HfHubHTTPError, httpx2.HTTPError) as error:
             raise self._failed(error) from error
 
@@ -102,8 +111,3 @@ class HubSink(FolderSink):
             [f"{type(error).__name__}: {error}"],
             "Log in with `hf auth login` if you have not. Finished shards are kept: run the same command again.",
         )
-
-    @staticmethod
-    def _record(out: Path) -> dict[str, str]:
-        path = out / PUSHED_NAME
-        return json.loads(path.read_text()) if path.is_file() else {}

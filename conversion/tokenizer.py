@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grok1.errors import ConversionError
-from grok1.files import write_file
+from grok1.files import update_sums, write_file
 
 
 if TYPE_CHECKING:
@@ -300,3 +300,4 @@ def convert_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_file(out / name, content)
+    update_sums(out, *files)

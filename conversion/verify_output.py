@@ -25,9 +25,10 @@ from grok1.conversion.settings import Settings
 from grok1.conversion.shards import Shard, make_shard
 from grok1.conversion.streaming import BlockStream, available_cores
 from grok1.conversion.tokenizer import TOKENIZER_NAME
+from grok1.conversion.verify_sums import verify_sums
 from grok1.conversion.xai.checkpoint import resolve_folder
 from grok1.errors import CheckpointError, ConversionError
-from grok1.files import INDEX_NAME, ITEMSIZE, Progress, read_at, read_safetensors_header
+from grok1.files import INDEX_NAME, ITEMSIZE, SUMS_NAME, Progress, read_at, read_safetensors_header
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import GROUP_SIZES, bits_and_group_size
 
@@ -88,7 +89,19 @@ def verify_output(
     if not shards:
         return problems
     problems += _companion_problems(plan)
-    return problems + _compare(plan, source, jobs or available_cores(), progress)
+    problems += _compare(plan, source, jobs or available_cores(), progress)
+    return problems + _sum_problems(out, problems)
+
+
+def _sum_problems(out: Path, known: list[str]) -> list[str]:
+    """What is wrong with the folder's sums, without the files that are known to be wrong."""
+    if not (out / SUMS_NAME).is_file():
+        return [f"{SUMS_NAME}: expected the sums of all files, found no such file"]
+    try:
+        found = verify_sums(out).problems
+    except ConversionError as error:
+        return [f"{SUMS_NAME}: {problem}" for problem in error.problems]
+    return [] if known else found
 
 
 def _tokenizer(

@@ -20,11 +20,12 @@ from grok1.conversion.plan import Plan, source_files
 from grok1.conversion.ports import Sink, Source
 from grok1.conversion.shards import Shard
 from grok1.conversion.streaming import BlockStream
+from grok1.conversion.sums import record_sum
 from grok1.conversion.xai.checkpoint import TensorFile, check_unchanged
 from grok1.files import BINARY, PARTIAL_SUFFIX, FileState, Progress, sync_folder, unwritable, write_at
 
 
-AGAIN = "Finished shards are kept: run the same command again to continue."
+AGAIN = "Finished files are kept: run the same command again to continue."
 
 
 def run(plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | None = None) -> None:
@@ -110,6 +111,7 @@ class ShardWriter:
         """Gives a shard its final name when its bytes are on the disk and its source files are unchanged."""
         path = self.plan.out / shard.name
         finish_file(descriptor, path, {file.path: file.state for file in files.values()})
+        record_sum(path)
         self.sink.shard_finished(path)
         for index in sorted(unneeded):
             self.source.release(index)

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+SHOWN = 20
+
+
 class ConversionError(ValueError):
     """A refusal of a tool, in one message that lists every problem found.
 
     Args:
         summary: one sentence: what was refused, and where.
-        problems: one line a problem (file: expected ..., found ...).
+        problems: one line per problem (file: expected ..., found ...). The message shows the first 20.
         next_step: what the user can do about it.
     """
 
     def __init__(self, summary: str, problems: Sequence[str] = (), next_step: str = ""):
         self.summary, self.problems, self.next_step = summary, list(problems), next_step
-        lines = [summary, *(f"  - {problem}" for problem in self.problems)]
+        lines = [summary, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
+        if len(self.problems) > SHOWN:
+            lines.append(f"  - and {len(self.problems) - SHOWN:,} more")
         if next_step:
             lines.append(next_step)
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(map(_printable, lines)))
+
+
+def _printable(text: str) -> str:
+    """Text with control characters but line breaks escaped: names come from files that anybody may have written."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class CheckpointError(ConversionError):

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,11 +26,13 @@ from grok1.errors import ConversionError
 PARTIAL_SUFFIX = ".partial"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SUMS_NAME = "SHA256SUMS"
 # The limit of the safetensors library.
 MAX_HEADER_BYTES = 100_000_000
 # The release has 2,115 tensors, in int8 3,906. The JSON of many more takes gigabytes to parse.
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
+SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 # https://github.com/huggingface/safetensors#format: its dtypes, their names in torch, and the bytes of one number.
 # fmt: off
 _DTYPES = (
@@ -212,6 +215,43 @@ def hash_file(path: str | os.PathLike[str], digest: Any, advance: Callable[[int]
             if advance is not None:
                 advance(count)
     return str(digest.hexdigest())
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """SHA-256 in lowercase hex by file name, from a file that `sha256sum -c` reads.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is something else; what was expected and found.
+    """
+    sums = {}
+    for number, line in enumerate(path.read_bytes().decode().removesuffix("\n").split("\n"), start=1):
+        match = SUMS_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"line {number}: expected a SHA-256 and a file name, found {line[:80]!r}")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The text of such a file, sorted by name."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+
+
+def update_sums(folder: Path, *names: str) -> None:
+    """Brings the sums of files that were written again up to date, in a folder that has a file of sums.
+
+    Raises:
+        ConversionError: the file of sums cannot be read or written.
+    """
+    path = folder / SUMS_NAME
+    if not path.is_file():
+        return
+    try:
+        sums = read_sums(path) | {name: sha256_of(folder / name) for name in names}
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be read", [str(error)], "Remove it, or convert again.") from error
+    write_file(path, sums_text(sums))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

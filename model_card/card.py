@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from grok1.files import write_file
+from grok1.files import update_sums, write_file
 
 
 CARD_NAME = "README.md"
@@ -120,9 +120,10 @@ def render_card(facts: CardFacts) -> str:
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Writes the card of a folder to its README.md, atomically; returns its path."""
+    """Writes the card of a folder to its README.md, and its sum if the folder has sums; returns its path."""
     target = Path(folder) / CARD_NAME
     write_file(target, render_card(facts))
+    update_sums(Path(folder), CARD_NAME)
     return target
 
 

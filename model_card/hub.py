@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
 import os
 import subprocess
@@ -10,13 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from grok1.arrays import count_nonfinite
 from grok1.errors import ConversionError
-from grok1.files import Progress, StoredTensor, read_model_folder
+from grok1.files import SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
 
 
 if TYPE_CHECKING:
@@ -86,16 +90,19 @@ def upload_plan(folder: Path) -> list[Upload]:
     return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
 
 
-def check_folder(folder: Path, progress: Progress = lambda done, total: None) -> list[str]:
+def check_folder(
+    folder: Path, progress: Progress = lambda done, total: None, *, trust_remote_code: bool = False
+) -> list[str]:
     """Everything that would make the folder useless or harmful on the hub, one line per problem; none if it is fit.
 
-    Checked are: the index against files and headers; that there are no pickles, links, leftovers or hidden files;
-    config, code and tokenizer in a fresh process without this package; that every number of every tensor is finite
-    (read in blocks of 32 MiB, one file per thread).
+    Checked are: the index against files and headers; that there are no pickles, links, leftovers or hidden files; that
+    the code is this package's; config, code and tokenizer in a fresh process without this package; that every number
+    of every tensor is finite (read in blocks of 32 MiB, one file per thread) and that every file has its recorded sum.
 
     Args:
         folder: a converted folder.
         progress: called with (bytes of weights read, bytes in all) after each block, from any thread.
+        trust_remote_code: accept code in the folder that is not this package's, and run it.
     """
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -113,10 +120,17 @@ def check_folder(folder: Path, progress: Progress = lambda done, total: None) ->
         problems.append(
             "configuration_grok1.py and modeling_grok1.py: expected beside config.json, for trust_remote_code"
         )
-    elif (folder / "config.json").is_file():
-        problems += _clean_load(folder)
-    problems += _not_finite(tensors, progress)
-    return problems
+    else:
+        foreign = [] if trust_remote_code else _foreign_code(folder)
+        problems += foreign
+        if (folder / "config.json").is_file() and not foreign:
+            problems += _clean_load(folder)
+    found, sums = _scan(tensors, progress)
+    problems += found
+    # A damaged file is named once, by what is wrong with it.
+    return problems + [
+        problem for name, problem in _sum_problems(folder, sums) if not any(name in p for p in problems)
+    ]
 
 
 def push_folder(
@@ -227,6 +241,44 @@ def _looks_pickled(file: Path) -> bool:
     return (head[:1] == b"\x80" and head[1:] in b"\x02\x03\x04\x05" and len(head) == 2) or head == b"PK"
 
 
+def _foreign_code(folder: Path) -> list[str]:
+    """Code that would run with trust_remote_code and is not this package's, one line per file or entry of auto_map."""
+    own = {file.name: file.read_bytes() for file in resources.files("modeling_grok1").iterdir() if file.is_file()}
+    problems = [
+        f"{file.relative_to(folder).as_posix()}: not the code of this package, so it was not run; convert again, or "
+        "review it and use --trust-remote-code"
+        for file in folder_files(folder)
+        if file.suffix == ".py" and not file.is_symlink() and file.read_bytes() != own.get(file.name)
+    ]
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map") or {}
+            values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        problems += [
+            f"{name}: auto_map names {target!r}: expected a class of this package's files"
+            for target in itertools.chain(*values)
+            if target is not None and (not isinstance(target, str) or f"{target.split('.')[0]}.py" not in own)
+        ]
+    return problems
+
+
+def _sum_problems(folder: Path, sums: dict[str, str]) -> list[tuple[str, str]]:
+    """By name, files whose recorded sum is not that of their bytes; `sums` are those of the shards, which were read already."""
+    if not (folder / SUMS_NAME).is_file():
+        return []
+    try:
+        recorded = read_sums(folder / SUMS_NAME)
+    except (OSError, ValueError) as error:
+        return [(SUMS_NAME, f"{SUMS_NAME}: expected SHA-256 sums, found {error}")]
+    return [
+        (name, f"{name}: expected SHA-256 {recorded[name]} as in {SUMS_NAME}, found {found}")
+        for name in sorted(recorded)
+        if (folder / name).is_file() and (found := sums.get(name) or sha256_of(folder / name)) != recorded[name]
+    ]
+
+
 def _clean_load(folder: Path) -> list[str]:
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     with tempfile.TemporaryDirectory() as home:
@@ -248,33 +300,41 @@ def _clean_load(folder: Path) -> list[str]:
     return problems
 
 
-def _not_finite(tensors: dict[str, StoredTensor], progress: Progress) -> list[str]:
+def _scan(tensors: dict[str, StoredTensor], progress: Progress) -> tuple[list[str], dict[str, str]]:
+    """Reads every shard once: the tensors with NaN or infinity, one line each, and the SHA-256 of each file."""
     by_file: dict[Path, list[str]] = {}
     done, total, lock = 0, sum(tensor.nbytes for tensor in tensors.values()), Lock()
     for name, tensor in tensors.items():
         by_file.setdefault(tensor.file, []).append(name)
 
-    def scan(file: Path) -> list[str]:
+    def advance(count: int) -> None:
         nonlocal done
-        found = []
+        with lock:
+            done += count
+            progress(done, total)
+
+    def scan(file: Path) -> tuple[list[str], str]:
+        digest, found = hashlib.sha256(), []
+        names = sorted((name for name in by_file[file] if tensors[name].nbytes), key=lambda name: tensors[name].offset)
         with file.open("rb") as stream:
-            for name in sorted(by_file[file], key=lambda name: tensors[name].offset):
-                tensor = tensors[name]
-                bad = missing = 0
-                stream.seek(tensor.offset)
+            # The tensors follow the header without gaps (`read_safetensors_header`).
+            digest.update(stream.read(tensors[names[0]].offset if names else -1))
+            for name in names:
+                tensor, bad, missing = tensors[name], 0, 0
                 for begin in range(0, tensor.nbytes, BLOCK):
-                    wanted = min(BLOCK, tensor.nbytes - begin)
-                    block = stream.read(wanted)
+                    block = stream.read(wanted := min(BLOCK, tensor.nbytes - begin))
+                    digest.update(block)
                     missing += wanted - len(block)
                     bad += count_nonfinite(block, tensor.dtype)
-                    with lock:
-                        done += len(block)
-                        progress(done, total)
+                    advance(len(block))
                 if missing:
                     found.append(f"{name} in {file.name}: {missing:,} of {tensor.nbytes:,} bytes cannot be read")
                 if bad:
                     found.append(f"{name} in {file.name}: {bad:,} of {math.prod(tensor.shape):,} are NaN or infinite")
-        return found
+        return found, digest.hexdigest()
 
+    files = sorted(by_file)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return [problem for problems in pool.map(scan, sorted(by_file)) for problem in problems]
+        results = list(pool.map(scan, files))
+    sums = {file.name: digest for file, (_, digest) in zip(files, results, strict=True)}
+    return [problem for problems, _ in results for problem in problems], sums

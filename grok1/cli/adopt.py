@@ -24,4 +24,5 @@ def adopt_command(
 
     with byte_progress("Adopting") as progress:
         plan = adopt(folder, out, max_shard_size=max_shard_size, progress=progress)
-    typer.echo(f"{out}: {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes")
+    already = "adopted already, " if plan.is_finished else ""
+    typer.echo(f"{out}: {already}{len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes")

@@ -101,6 +101,9 @@ def convert_command(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished shards are kept in {out}: run the same command again to continue") from None
     seconds = time.perf_counter() - begin
+    if plan.is_finished and not as_json:
+        console.print(f"{out}: converted already, {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes")
+        return
     if as_json:
         result = {"out": str(out), "shards": len(plan.shards), "bytes": plan.nbytes, "seconds": round(seconds, 1)}
         typer.echo(json.dumps(result, indent=2))

@@ -31,7 +31,10 @@ def export_xai_command(
     with byte_progress("Exporting") as progress:
         report = export_xai(folder, out, scale_blocks=scale_blocks, progress=progress)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{report.folder}: {report.files} files, {report.nbytes:,} bytes")
+    already = "exported already, " if report.is_finished else ""
+    console.print(f"{report.folder}: {already}{report.files} files, {report.nbytes:,} bytes")
+    if report.is_finished:
+        return
     console.print(f"{report.exact} files hold exactly what was stored, as xAI would write it")
     if report.widened:
         names = ", ".join(report.widened)

@@ -19,6 +19,9 @@ def push_command(
     repo: Annotated[str, typer.Argument(help="Repository on the hub: USER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Accept code that is not this package's, and run it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show; send nothing.")] = False,
 ) -> None:
     """Check a converted folder and upload it to the hub; after an interruption, the same command resumes."""
@@ -30,7 +33,7 @@ def push_command(
 
     console, messages = Console(), Console(stderr=True)
     with byte_progress("Checking every tensor") as progress:
-        problems = check_folder(folder, progress)
+        problems = check_folder(folder, progress, trust_remote_code=trust_remote_code)
     if problems:
         for problem in problems:
             messages.print(f"  - {problem}", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +12,13 @@ import typer
 
 EXAMPLES = """
 grok1 verify grok-1
+grok1 verify grok-1-hf
 grok1 verify grok-1-hf --against grok-1
 """
 
 
 def verify_command(
-    folder: Annotated[
-        Path, typer.Argument(help="xAI's checkpoint, or with --against a converted folder.", exists=True)
-    ],
+    folder: Annotated[Path, typer.Argument(help="xAI's checkpoint, or a converted folder.", exists=True)],
     against: Annotated[
         Path | None, typer.Option(help="The checkpoint that FOLDER was converted from.", exists=True)
     ] = None,
@@ -34,15 +34,45 @@ def verify_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check the released files by size and SHA-256, or a converted folder bit by bit against its source."""
+    """Check xAI's released files, or a converted folder: by its SHA-256 sums, or against its source, bit by bit."""
     if against is None:
         if config is not None or tokenizer is not None:
             raise typer.BadParameter("--config and --tokenizer go with --against.")
-        _verify_source(folder, jobs, state, as_json)
+        if (folder / "config.json").is_file() and not _holds_tensor_files(folder):
+            _verify_sums(folder, jobs, as_json)
+        else:
+            _verify_source(folder, jobs, state, as_json)
     else:
         if state is not None:
             raise typer.BadParameter("--state goes with the released files, not with --against.")
         _verify_output(folder, against, config, tokenizer, jobs, as_json)
+
+
+def _holds_tensor_files(folder: Path) -> bool:
+    return any(
+        place.is_dir() and any(place.glob("tensor*_000")) for place in (folder, folder / "ckpt-0", folder / "ckpt")
+    )
+
+
+def _verify_sums(folder: Path, jobs: int | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from grok1.cli.progress import byte_progress
+    from grok1.conversion.verify_sums import verify_sums
+
+    with byte_progress("Checking SHA-256") as progress:
+        found = verify_sums(folder, jobs=jobs, progress=progress)
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(found), "folder": str(folder)}, indent=2))
+        raise typer.Exit(1 if found.problems else 0)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for line in found.problems:
+        console.print(f"  - {line}")
+    hub = f", {found.from_hub} of them also with the hub's checksums" if found.from_hub else ""
+    console.print(f"{folder}: {found.files} files compared with their sums, {found.nbytes:,} bytes{hub}")
+    if found.problems:
+        console.print(f"{len(found.problems)} problems: download or convert these files again.", style="red")
+        raise typer.Exit(1)
 
 
 def _verify_source(folder: Path, jobs: int | None, state: Path | None, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from grok1.conversion.adopt import adopt
 from grok1.conversion.convert import convert
-from grok1.errors import ConversionError
+from grok1.conversion.export_xai import export_xai
+from grok1.errors import CheckpointError, ConversionError
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -143,3 +146,89 @@ def test_an_interrupted_run_is_continued(folders, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "config.json").exists()
     adopt(folders["hpcai"], tmp_path / "out", max_shard_size="300KB")
     assert shards(tmp_path / "out") == shards(folders["hub"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("change", ["truncated", "replaced", "rewritten"])
+def test_a_folder_that_changes_meanwhile_is_refused(folders, tmp_path, kind, change):
+    """Truncated under the reader: one sentence, not the end of the process by SIGBUS."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    for path in sorted(folders["hpcai"].glob("*.safetensors")):
+        if kind == "bin":
+            torch.save(load_file(path), source / f"{path.stem}.bin")
+        else:
+            (source / path.name).write_bytes(path.read_bytes())
+    victim = sorted(source.glob(f"*.{kind}"))[-1]
+    before, data = victim.stat(), victim.read_bytes()
+
+    def act(done: int, total: int) -> None:
+        if act.done:
+            return
+        act.done = True
+        if change == "truncated":
+            os.truncate(victim, before.st_size // 3)
+        elif change == "rewritten":
+            victim.write_bytes(data)
+            os.utime(victim, ns=(0, before.st_mtime_ns))
+        else:
+            (tmp_path / "new").write_bytes(data)
+            os.utime(tmp_path / "new", ns=(0, before.st_mtime_ns))
+            (tmp_path / "new").rename(victim)
+
+    act.done = False
+    with pytest.raises(CheckpointError, match=f"{victim.name}: changed while it was being read"):
+        adopt(source, out, max_shard_size="300KB", progress=act)
+    assert not (out / "config.json").exists() and not list(out.glob("*.partial"))
+
+
+def test_grok_2_is_named_with_what_runs_it(folders, tmp_path):
+    source = tmp_path / "grok-2"
+    source.mkdir()
+    values = json.loads((folders["hpcai"] / "config.json").read_text())
+    values |= {"architectures": ["Grok1ForCausalLM"], "model_type": "git", "residual_moe": True}
+    values |= {"moe_intermediate_size": 16384, "intermediate_size": 32768, "load_presharded_moe": True}
+    (source / "config.json").write_text(json.dumps(values))
+    for refused in (
+        lambda: adopt(source, tmp_path / "out"),
+        lambda: export_xai(source, tmp_path / "out"),
+        lambda: convert(folders["hub"], tmp_path / "out", config=source / "config.json"),
+    ):
+        with pytest.raises(ConversionError) as caught:
+            refused()
+        if "not a checkpoint" not in str(caught.value):
+            assert "this is Grok-2" in str(caught.value) and "sglang.launch_server" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["pytorch_model-00000-{:03d}.bin", "pytorch_model-00000-TP-{:03d}.safetensors"])
+def test_presharded_sets_are_refused_by_name(folders, tmp_path, pattern):
+    source = tmp_path / "presharded"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    weights = {"model.layers.0.block_sparse_moe.experts.0.w1.weight": torch.zeros(8, 32, dtype=torch.bfloat16)}
+    for rank in range(2):
+        path = source / pattern.format(rank)
+        torch.save(weights, path) if path.suffix == ".bin" else save_file(weights, path)
+    with pytest.raises(ConversionError, match="presharded for tensor parallelism"):
+        adopt(source, tmp_path / "out")
+
+
+def test_compressed_and_nested_bin_files_are_refused(folders, tmp_path):
+    source = tmp_path / "bin"
+    source.mkdir()
+    (source / "config.json").write_text((folders["hpcai"] / "config.json").read_text())
+    torch.save([torch.zeros(2)], source / "a.bin")
+    torch.save({"x": [torch.zeros(2)]}, source / "b.bin")
+    torch.save({"x": torch.zeros(4, 4).T[1:]}, source / "c.bin")
+    torch.save({"y": torch.zeros(2)}, source / "plain")
+    with zipfile.ZipFile(source / "plain") as plain, zipfile.ZipFile(source / "d.bin", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    (source / "e.bin").write_bytes(b"PK\x03\x04 torn")
+    os.mkfifo(source / "f.bin")
+    with pytest.raises(ConversionError) as caught:
+        adopt(source, tmp_path / "out")
+    for name in "abcdef":
+        assert any(problem.startswith(f"{name}.bin: expected a file of tensors") for problem in caught.value.problems)

@@ -16,7 +16,7 @@ from grok1.conversion.layout import as_bytes
 CASES = [(dtype, layout) for dtype in ("bfloat16", "float32") for layout in ("hub", "fused", "hpcai", "keyfan")]
 CASES += [("int8", "hub")]
 COMPANIONS = {
-    *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors.index.json", "SHA256SUMS"),
     *("configuration_grok1.py", "modeling_grok1.py"),
 }
 

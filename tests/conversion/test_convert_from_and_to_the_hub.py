@@ -13,6 +13,8 @@ from fake_hub import FakeHub, Fault
 
 from grok1.conversion import from_hub
 from grok1.conversion.convert import convert
+from grok1.conversion.journal import JOURNAL_NAME
+from grok1.conversion.to_hub import HubSink
 from grok1.errors import CheckpointError, ConversionError
 
 
@@ -139,6 +141,86 @@ def test_a_whole_model_is_not_overwritten(hub, golden, tmp_path):
     with pytest.raises(ConversionError, match="found a whole model"):
         convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, **SMALL_SHARDS)
     assert not (tmp_path / "out").exists()
+
+
+def uploaded(hub) -> dict[str, str]:
+    return {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"}
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_finished_upload_is_recognised(hub, golden, expected, tmp_path, discard):
+    settings = {"push_to": TARGET, "discard_output": discard, **SMALL_SHARDS}
+    convert(golden / "tiny-1", tmp_path / "out", **settings)
+    commits = len(hub.commits(TARGET))
+    assert convert(golden / "tiny-1", tmp_path / "out", **settings).is_finished
+    assert len(hub.commits(TARGET)) == commits and uploaded(hub) == expected
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_run_that_ended_after_its_last_commit_is_finished_by_the_next_one(
+    hub, golden, expected, tmp_path, monkeypatch, discard
+):
+    """Killed between the last commit and the removal of the journal: everything is on the hub."""
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(self, out):
+        folder_finished(self, out)
+        raise KilledError
+
+    folder_finished = HubSink.folder_finished
+    settings = {"push_to": TARGET, "discard_output": discard, **SMALL_SHARDS}
+    with monkeypatch.context() as patch:
+        patch.setattr(HubSink, "folder_finished", killed)
+        with pytest.raises(KilledError):
+            convert(golden / "tiny-1", tmp_path / "out", **settings)
+    assert (tmp_path / "out" / JOURNAL_NAME).is_file() and uploaded(hub) == expected
+    commits = len(hub.commits(TARGET))
+    convert(golden / "tiny-1", tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+    assert len(hub.commits(TARGET)) == commits and uploaded(hub) == expected
+
+
+def test_shards_that_were_uploaded_are_discarded_by_the_next_run(hub, golden, expected, tmp_path, monkeypatch):
+    """Killed between the commit of a shard and its deletion."""
+    settings = {"push_to": TARGET, "discard_output": True, **SMALL_SHARDS}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing_for(".safetensors", Path.unlink))
+        with pytest.raises(ConversionError, match="cannot be written"):
+            convert(golden / "tiny-1", tmp_path / "out", **settings)
+    left = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert left and left[0].name in hub.files(TARGET)
+    convert(golden / "tiny-1", tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").glob("model-*.safetensors")) and uploaded(hub) == expected
+
+
+def failing_for(suffix: str, function):
+    def call(path, *arguments, **keywords):
+        if path.suffix == suffix:
+            raise OSError(5, "Input/output error")
+        return function(path, *arguments, **keywords)
+
+    return call
+
+
+def test_a_finished_local_conversion_is_pushed_by_the_same_command_with_push_to(hub, golden, expected, tmp_path):
+    convert(golden / "tiny-1", tmp_path / "out", **SMALL_SHARDS)
+    assert convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET, **SMALL_SHARDS).is_finished
+    assert uploaded(hub) == expected
+
+
+def test_a_finished_conversion_from_the_hub_is_recognised(hub, expected, tmp_path):
+    for finished in (False, True):
+        plan = convert(f"hf://{SOURCE}", tmp_path / "out", discard_source=True, **SMALL_SHARDS)
+        assert plan.is_finished == finished
+        assert contents(tmp_path / "out") == expected
+
+
+def test_no_repository_is_created_for_a_conversion_that_is_refused(hub, golden, tmp_path):
+    with pytest.raises(ConversionError, match=r"tokenizer\.model: expected"):
+        convert(golden / "tiny-1", tmp_path / "out", push_to=TARGET)
+    assert TARGET not in hub.repos
 
 
 SCRIPT = """

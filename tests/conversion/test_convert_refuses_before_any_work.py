@@ -83,9 +83,11 @@ def test_a_folder_with_something_in_it(source, tmp_path):
     assert "expected an empty folder or none, found thesis.tex" in message
 
 
-def test_a_finished_conversion_is_not_overwritten(source, tmp_path):
+def test_another_finished_conversion_is_not_overwritten(source, tmp_path):
     convert(source, tmp_path / "out", no_tokenizer=True)
-    assert "expected an empty folder or none" in refusal(source, tmp_path / "out")
+    message = refusal(source, tmp_path / "out", dtype="float32")
+    assert "expected an empty folder or none, found another finished conversion" in message
+    assert "config.json: not as this command would write it" in message
 
 
 def test_an_empty_folder_is_taken(source, tmp_path):

@@ -15,7 +15,7 @@ from xai_files import tensor_files
 
 from grok1.arrays import RawArray
 from grok1.conversion.convert import convert
-from grok1.conversion.export_xai import ExportReport, _File, _Writer, export_xai
+from grok1.conversion.export_xai import _File, _Writer, export_xai
 from grok1.conversion.names import checkpoint_entries, hub_tensors
 from grok1.conversion.release import release_files
 from grok1.conversion.xai.checkpoint import read_tensor_file
@@ -155,7 +155,7 @@ def test_requantised_weights_of_any_size_stay_within_half_a_step(folder, tmp_pat
 def test_true_norms_and_routers_hash_to_their_published_checksums(assets, tmp_path):
     """All 321 of them, through a folder of the release's width and depth whose other matrices are slivers."""
     config = GrokConfig(
-        vocab_size=16, intermediate_size=2, num_attention_heads=1, num_key_value_heads=1, head_dim=2, hidden_size=6144
+        vocab_size=16, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=2, hidden_size=6144
     )
     folder = tmp_path / "hub"
     folder.mkdir()
@@ -205,7 +205,7 @@ def test_an_output_folder_with_anything_in_it_is_refused_before_any_work(folder,
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(ConversionError, match=r"out: expected an empty folder or none, found 1 entries"):
+    with pytest.raises(ConversionError, match=r"out: expected an empty folder or none, found mine"):
         export_xai(folder, out)
     assert [path.name for path in out.iterdir()] == ["mine"]
 
@@ -274,6 +274,50 @@ def test_scales_that_are_not_finite_are_refused_by_name(converted, tmp_path):
         export_xai(folder, tmp_path / "out")
 
 
+def test_models_that_xais_code_cannot_compute_are_refused_with_all_reasons(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    save_file(weights, folder / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text())
+    for key in ("max_attn_value", "rope_theta"):
+        values.pop(key, None)
+    values |= {"attn_logit_softcapping": 50.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    values["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConversionError) as caught:
+        export_xai(folder, tmp_path / "out")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "attn_logit_softcapping",
+        "rope_parameters.rope_theta",
+        "rope_parameters.rope_type",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ]
+    assert "expected 30.0, a constant of xAI's code, found 50.0" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"num_experts": 4}, "num_experts: expected 8, a constant of xAI's code, found 4"),
+        ({"intermediate_size": 20}, "intermediate_size: expected a multiple of 8, as xAI's code rounds it, found 20"),
+    ],
+)
+def test_sizes_that_xais_code_cannot_have_are_refused(tmp_path, sizes, problem):
+    config = GrokConfig(
+        **{"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, **sizes},
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    config.save_pretrained(tmp_path / "hub")
+    weights = {name: torch.zeros(t.shape) for name, t in hub_tensors(config, dtype="float32").items()}
+    save_file(weights, tmp_path / "hub" / "model.safetensors")
+    with pytest.raises(ConversionError) as caught:
+        export_xai(tmp_path / "hub", tmp_path / "out", scale_blocks=1)
+    assert caught.value.problems == [problem]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_an_expert_file_of_the_release_needs_little_memory(tmp_path, dtype):
@@ -298,7 +342,7 @@ def test_an_expert_file_of_the_release_needs_little_memory(tmp_path, dtype):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with _Writer(4, ExportReport(tmp_path)) as writer:
+    with _Writer(4) as writer:
         writer.write(_File(published.entry, frame, weights, scales, bits), tmp_path / published.entry.file)
     done.set()
     watcher.join()

@@ -163,12 +163,48 @@ def test_a_huge_header_is_not_read(folder):
 def test_code_config_and_tokenizer_that_do_not_load_in_a_fresh_process(sound, tmp_path):
     """One fresh process: code that needs the package, and a tokenizer that is none."""
     folder = tmp_path / "grok"
-    shutil.copytree(sound, folder)
+    shutil.copytree(sound, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
     code = folder / "modeling_grok1.py"
     code.write_text("import modeling_grok1\n" + code.read_text())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     (folder / "tokenizer.json").write_text("{}")
-    problems = check_folder(folder)
+    problems = check_folder(folder, trust_remote_code=True)
     assert len(problems) == 2
     assert problems[0].startswith("config.json and code: ") and "modeling_grok1" in problems[0]
     assert problems[1].startswith("tokenizer: ")
+
+
+@pytest.mark.parametrize("how", ["changed", "added", "auto_map", "elsewhere"])
+def test_code_that_is_not_this_packages_is_named_and_not_run(sound, tmp_path, how):
+    folder, marker = tmp_path / "grok", tmp_path / "ran"
+    shutil.copytree(sound, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    attack = f"open({str(marker)!r}, 'w').close()\n"
+    if how == "changed":
+        code = folder / "modeling_grok1.py"
+        code.write_text(attack + code.read_text())
+        expected = ["modeling_grok1.py: not the code of this package"]
+    elif how == "added":
+        (folder / "sub").mkdir()
+        (folder / "sub" / "helper.py").write_text(attack)
+        expected = ["sub/helper.py: not the code of this package"]
+    else:
+        target = "mine.Config" if how == "auto_map" else "someone/else--configuration_grok1.GrokConfig"
+        (folder / "mine.py").write_text(attack)
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"]["AutoConfig"] = target
+        (folder / "config.json").write_text(json.dumps(config))
+        expected = ["mine.py: not the code of this package", f"config.json: auto_map names {target!r}"]
+    problems = check_folder(folder)
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
+    assert not marker.exists()
+
+
+def test_a_file_that_is_not_as_its_sum_says_is_named(folder):
+    shard = next(folder.glob("*.safetensors"))
+    name, tensor = next((n, t) for n, t in load_file(shard).items() if t.dtype == torch.float32)
+    rewrite(shard, name, tensor + 1)
+    (folder / "LICENSE").write_text("mine")
+    problems = check_folder(folder)
+    assert [problem.split(":")[0] for problem in problems] == ["LICENSE", shard.name]
+    assert all("as in SHA256SUMS, found" in problem for problem in problems)
