@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from grok1.conversion.facts import card_facts
 from grok1.conversion.plan import Plan
 from grok1.conversion.shards import index_text
-from grok1.conversion.sums import RECORD_NAME, write_sums
+from grok1.conversion.sums import RECORD_NAMES, write_sums
 from grok1.conversion.tokenizer import convert_tokenizer
 from grok1.files import INDEX_NAME, PARTIAL_SUFFIX, SUMS_NAME, sync_folder
 from grok1.model_card.card import write_card
@@ -31,7 +31,8 @@ def write_companions(plan: Plan) -> None:
             os.fsync(file.fileno())
         os.replace(staging / name, plan.out / name)
     shutil.rmtree(staging)
-    (plan.out / RECORD_NAME).unlink(missing_ok=True)
+    for name in RECORD_NAMES:
+        (plan.out / name).unlink(missing_ok=True)
     sync_folder(plan.out)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from grok1.files import SUMS_NAME, read_sums, sha256_of, sums_text, write_file
+from grok1.files import PARTIAL_SUFFIX, SUMS_NAME, read_sums, sha256_of, sums_text, write_file
 
 
 RECORD_NAME = ".grok1-conversion.sums"
+RECORD_NAMES = (RECORD_NAME, RECORD_NAME + PARTIAL_SUFFIX)
 
 
 def recorded_sums(out: Path) -> dict[str, str]:

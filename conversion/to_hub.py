@@ -18,7 +18,7 @@ from grok1.conversion.from_hub import checksum_problem
 from grok1.conversion.journal import OWN_NAMES
 from grok1.conversion.ports import FolderSink
 from grok1.conversion.shards import Shard
-from grok1.conversion.sums import RECORD_NAME, recorded_sums
+from grok1.conversion.sums import RECORD_NAMES, recorded_sums
 from grok1.errors import ConversionError
 from grok1.files import INDEX_NAME
 
@@ -67,7 +67,7 @@ class HubSink(FolderSink):
     def folder_finished(self, out: Path) -> None:
         for path in sorted(out.glob(SHARDS)):  # an earlier run may have ended between writing and uploading one
             self.shard_finished(path)
-        skip = {*OWN_NAMES, RECORD_NAME, *(path.name for path in out.glob(SHARDS))}
+        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in out.glob(SHARDS))}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
         files = [
             path for path in files if path.name not in self.remote or checksum_problem(path, self.remote[path.name])

