@@ -266,7 +266,7 @@ def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
     states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
     files, head, problems = _plan_files(found, config, packing, scale_blocks)
     problems = _model_problems(config) + problems
-    if head is not None and files and not problems:
+    if head is not None and files:
         problems += _head_problems(head, files[0].weights[0])
     companions = _companions(folder)
     record = {

@@ -24,7 +24,7 @@ NEXT_STEP = "Choose an empty folder. `grok1 verify OUT --against CKPT` compares 
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the folder holds a finished conversion, of whatever."""
+    """Whether the folder holds a finished conversion, of any source and settings."""
     return not (out / JOURNAL_NAME).exists() and (out / INDEX_NAME).is_file() and (out / SUMS_NAME).is_file()
 
 
@@ -48,7 +48,8 @@ def finished(
     problems = changed_since((plan.out / SUMS_NAME).stat().st_mtime_ns)
     for shard in plan.shards:
         if not sink.has(shard, plan.out):
-            problems.append(f"{shard.name}: expected {shard.nbytes} bytes with another header, found none")
+            found = "a different file" if (plan.out / shard.name).exists() else "no such file"
+            problems.append(f"{shard.name}: expected a shard of {shard.nbytes:,} bytes, found {found}")
     problems += _companion_problems(plan)
     problems += [] if problems else _value_problems(plan, read)
     if problems:

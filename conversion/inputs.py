@@ -26,7 +26,7 @@ FETCH_AGAIN = "Fetch damaged or missing files again. If many shapes are wrong, t
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was looked at.
+    """A checkpoint whose files were examined.
 
     Args:
         name: as the user gave it.
@@ -58,6 +58,7 @@ def find_folder(src: str | os.PathLike[str], out: Path, settings: Settings) -> C
         CheckpointError, ConversionError: there is no checkpoint or no config. Other problems are in the result.
     """
     src = Path(src)
+    refuse_grok2_folder(src)
     try:
         folder = resolve_folder(src)
         config = find_config(src, folder, settings.config)
@@ -144,6 +145,17 @@ def refuse_grok2(path: Path, values: dict[str, Any]) -> None:
             "--model FOLDER --tokenizer-path FOLDER/tokenizer.tok.json --tp 8 --quantization fp8 "
             "--attention-backend triton",
         )
+
+
+def refuse_grok2_folder(folder: Path) -> None:
+    """Raises ConversionError if the config.json in a folder is that of Grok-2. Other problems are not reported."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(values, dict):
+        refuse_grok2(path, values)
 
 
 def find_tokenizer(candidates: list[Path], settings: Settings, vocab_size: int) -> tuple[Path | None, list[str]]:

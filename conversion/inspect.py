@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from grok1.conversion.inputs import refuse_grok2_folder
 from grok1.conversion.names import BLOCK_KINDS, TOP_KINDS, Kind, checkpoint_entries
 from grok1.conversion.release import ReleaseFile, release_files
 from grok1.conversion.xai.checkpoint import (
@@ -95,7 +96,9 @@ def inspect_checkpoint(source: str | os.PathLike[str], release: Iterable[Release
 
     Raises:
         CheckpointError: there is no tensor file at all.
+        ConversionError: the folder is one of Grok-2.
     """
+    refuse_grok2_folder(Path(source))
     folder = resolve_folder(source)
     published = {file.entry.file: file for file in (release_files() if release is None else release)}
     problems, refused = foreign_entries(folder)

@@ -2,7 +2,7 @@
 
 The record is written once, before the first shard, and holds what would make another run's bytes differ: the settings
 and the source. What is done needs no record: a shard has its final name only when it is finished. The last act of a
-conversion removes the record, so that nothing in a finished folder tells when, where or in how many runs it was made.
+conversion removes the record: a finished folder does not depend on when, where or in how many runs it was made.
 """
 
 from __future__ import annotations

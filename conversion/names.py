@@ -214,7 +214,7 @@ def checkpoint_entries(config: GrokSizes) -> list[Entry]:
 
 
 def _check_sizes(config: GrokSizes) -> None:
-    """Raises ConversionError for a config with more tensors than anyone can store, before their names are made."""
+    """Raises ConversionError for a config with an implausible number of tensors, before their names are generated."""
     layers, experts = config.num_hidden_layers, max(1, config.num_experts)
     if layers > MAX_LAYERS or layers * experts > MAX_EXPERTS:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""A conversion, planned: every file that will be written and everything that stands against it. Nothing is touched."""
+"""The plan of a conversion: every file that will be written, and every problem. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def plan_conversion(
 
 
 def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) -> tuple[Plan, list[str]]:
-    """The plan, and what stands against its groups and its order of files, one line per problem."""
+    """The plan, and problems with its group size and its order of files, one line per problem."""
     config, source = checkpoint.config, checkpoint.source
     entries = checkpoint_entries(config)
     released = {entry.index: entry.kind.scale_blocks for entry in entries if entry.kind.quantised}
@@ -167,7 +167,7 @@ def written_config(config: GrokConfig, dtype: str, group_size: int) -> GrokConfi
 
 
 def space_problems(plan: Plan) -> list[str]:
-    """One line if the disk has no room for what is not finished, else none."""
+    """One line if the disk has too little space for the unfinished shards, else none."""
     free, needed = free_bytes(plan.out, plan.shards), plan.needed_bytes
     if free >= needed:
         return []

@@ -30,7 +30,7 @@ class SumsReport:
     Args:
         folder: that was checked.
         files, nbytes: how many files were compared, and their bytes.
-        from_hub: how many of them were compared with the hub's own checksums as well.
+        from_hub: how many of them were also compared with the hub's own checksums.
         problems: one line per file that is missing, differs or has no sum.
     """
 

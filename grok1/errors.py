@@ -28,7 +28,7 @@ class ConversionError(ValueError):
 
 
 def _printable(text: str) -> str:
-    """Text with control characters but line breaks escaped: names come from files that anybody may have written."""
+    """Text with control characters except line breaks escaped: names may come from untrusted files."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -229,6 +229,8 @@ def read_sums(path: Path) -> dict[str, str]:
         match = SUMS_LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"line {number}: expected a SHA-256 and a file name, found {line[:80]!r}")
+        if match[2] in sums:
+            raise ValueError(f"line {number}: expected one sum per file, found another one of {match[2]}")
         sums[match[2]] = match[1]
     return sums
 

@@ -199,7 +199,7 @@ _MARK = object()
 
 
 def _is(value: Any, expected: Any) -> bool:
-    """Equality that tells False from 0, and goes no deeper than `expected`: a hostile nest of tuples costs nothing."""
+    """Equality that distinguishes False from 0. Recurses no deeper than `expected`, so deep nesting is no attack."""
     if type(value) is not type(expected):
         return False
     if isinstance(expected, tuple):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from grok1.conversion.adopt import adopt
 from grok1.conversion.convert import convert
 from grok1.conversion.export_xai import export_xai
+from grok1.conversion.inspect import inspect_checkpoint
 from grok1.errors import CheckpointError, ConversionError
 from modeling_grok1 import Grok1ForCausalLM
 
@@ -183,7 +184,7 @@ def test_a_folder_that_changes_meanwhile_is_refused(folders, tmp_path, kind, cha
     assert not (out / "config.json").exists() and not list(out.glob("*.partial"))
 
 
-def test_grok_2_is_named_with_what_runs_it(folders, tmp_path):
+def test_grok_2_is_named_with_what_runs_it(golden, folders, tmp_path):
     source = tmp_path / "grok-2"
     source.mkdir()
     values = json.loads((folders["hpcai"] / "config.json").read_text())
@@ -193,12 +194,12 @@ def test_grok_2_is_named_with_what_runs_it(folders, tmp_path):
     for refused in (
         lambda: adopt(source, tmp_path / "out"),
         lambda: export_xai(source, tmp_path / "out"),
-        lambda: convert(folders["hub"], tmp_path / "out", config=source / "config.json"),
+        lambda: convert(source, tmp_path / "out"),
+        lambda: convert(golden / "tiny-1", tmp_path / "out", config=source / "config.json"),
+        lambda: inspect_checkpoint(source),
     ):
-        with pytest.raises(ConversionError) as caught:
+        with pytest.raises(ConversionError, match=r"(?s)this is Grok-2.*sglang\.launch_server"):
             refused()
-        if "not a checkpoint" not in str(caught.value):
-            assert "this is Grok-2" in str(caught.value) and "sglang.launch_server" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

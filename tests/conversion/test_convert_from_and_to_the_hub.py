@@ -1,7 +1,6 @@
 """hf:// to a folder and on to a repository, against a hub on loopback that fails on demand."""
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -233,7 +232,7 @@ convert(sys.argv[1], sys.argv[2], push_to=sys.argv[3], discard_source=True, disc
 
 def test_killed_on_the_way_from_hub_to_hub(hub, expected, tmp_path):
     command = [sys.executable, "-c", SCRIPT, f"hf://{SOURCE}", str(tmp_path / "out"), TARGET]
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     for wanted in (1, 4):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60

@@ -87,6 +87,13 @@ def test_missing_added_and_unfinished_are_named(folder, tmp_path):
     assert "a link out of it" in found[2]
 
 
+def test_two_sums_of_one_file_are_refused(folder):
+    path = folder / "SHA256SUMS"
+    path.write_text(path.read_text() + "0" * 64 + "  LICENSE\n")
+    with pytest.raises(ConversionError, match="expected one sum per file, found another one of LICENSE"):
+        problems(folder)
+
+
 def test_the_hubs_own_checksums(folder, tmp_path):
     """As huggingface_hub leaves them: notes beside a download, and the names of blobs in its cache."""
     notes = folder / ".cache" / "huggingface" / "download"

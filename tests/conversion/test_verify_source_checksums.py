@@ -110,7 +110,7 @@ def test_a_damaged_state_is_forgotten(source, table, text):
     assert verify_source(source, release=table).is_whole
 
 
-def test_an_interrupted_run_goes_on_where_it_was(source, table, monkeypatch):
+def test_an_interrupted_run_resumes(source, table, monkeypatch):
     checksum, done = module._Checker.checksum, []
 
     def broken(self, path):
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_where_it_was(source, table, monkeypatch):
     assert (found.remembered, found.right) == (10, 38)
 
 
-def test_control_c_says_that_the_same_command_goes_on(source, table, monkeypatch):
+def test_control_c_says_that_the_same_command_resumes(source, table, monkeypatch):
     def interrupted(futures, return_when):
         futures[4].result()
         raise KeyboardInterrupt
@@ -141,7 +141,7 @@ def test_control_c_says_that_the_same_command_goes_on(source, table, monkeypatch
     assert found.is_whole
 
 
-def test_a_killed_run_goes_on_where_it_was(source, table, monkeypatch):
+def test_a_killed_run_resumes(source, table, monkeypatch):
     checksum = module._Checker.checksum
     with monkeypatch.context() as patch:
         patch.setattr(module._Checker, "checksum", lambda self, path: (time.sleep(0.05), checksum(self, path))[1])

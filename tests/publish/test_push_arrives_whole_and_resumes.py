@@ -205,7 +205,7 @@ def test_no_token_is_ever_printed(sound, monkeypatch, command, token):
         assert ("hf auth login" in result.stderr) == (token is None)
 
 
-def test_ctrl_c_says_that_the_command_goes_on(sound, monkeypatch, command):
+def test_ctrl_c_says_that_the_command_resumes(sound, monkeypatch, command):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

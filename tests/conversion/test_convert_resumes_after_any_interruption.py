@@ -1,4 +1,4 @@
-"""Killed, out of disk, robbed of its source: the next run goes on, and the folder is the one of a single run."""
+"""Killed, out of disk, without its source: the next run resumes, and the folder equals that of a single run."""
 
 import errno
 import hashlib
