@@ -47,7 +47,7 @@ MATRIX = 5.21.1 5.22.2 5.23.0 5.24.0
 test-matrix: $(MATRIX:%=test-transformers-%)  ## the core of the suite with each Transformers of the tested range
 test-transformers-%: $(VENV)/.installed
 	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
-	PYTHONPATH=.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
+	PYTHONPATH=$(CURDIR)/.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py

@@ -35,7 +35,7 @@ from .packing_grok1 import (
     unpack,
 )
 from .quantized_grok1 import QuantizedExperts, QuantizedLinear, dequantise, form_for_device, outputs_and_inputs
-from .versions_grok1 import CASTS_BEFORE_QUANTIZING
+from .versions_grok1 import CASTS_BEFORE_QUANTIZING, allow_many_to_many
 
 
 INT8, INT4 = "grok1_int8", "grok1_int4"
@@ -205,6 +205,7 @@ class QuantiseFloats(ConversionOps):
         return pack(values, 4), scale
 
 
+@allow_many_to_many
 class ReadPacked(ConversionOps):
     """`weight_packed` and `weight_scale` of a matrix, or of those of all experts, to a weight and its scales."""
 
@@ -252,6 +253,7 @@ class ReadPacked(ConversionOps):
         return WritePacked(self.hf_quantizer)
 
 
+@allow_many_to_many
 class WritePacked(ConversionOps):
     """The reverse of `ReadPacked`; adds `weight_shape`."""
 
@@ -316,6 +318,11 @@ class Grok1Quantizer(HfQuantizer):
     requires_calibration = False
     # Transformers derives the parallel plans of the scales from those of the weights.
     serialized_names = {"weight": ["weight", "weight_scale"]}
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes per weight that is quantised while loading, where its empty parameter is floating until then."""
+        return self.quantization_config.bits / 8 if CASTS_BEFORE_QUANTIZING else None
 
     @property
     def is_trainable(self) -> bool:

@@ -4,12 +4,14 @@ The versions of Transformers that this code runs with, and what differs between 
 
     5.24   the cache is named `cache` in forwards, masks and outputs; before, `past_key_values`
     5.24   continuous batching updates the paged cache in the attention module; before, in the attention function
+    5.23   conversions of several tensors to several declare themselves
     5.23   the first version that quantises a weight before it casts it to the dtype of its empty parameter
 """
 
 from importlib.metadata import version
 from typing import Any
 
+from transformers import core_model_loading
 from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs, logging
 
@@ -94,6 +96,15 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
     unknown = sorted(set(kwargs) - KNOWN_ARGUMENTS - ({"cache"} if ATTENTION_UPDATES_PAGED_CACHE else set()))
     if unknown:
         raise TypeError(f"Grok-1's forward got unknown arguments: {', '.join(unknown)}.")
+
+
+def allow_many_to_many(operation: type) -> type:
+    """Decorates a conversion of several tensors to several, which was a closed list up to 5.22."""
+    names = "_INTERNAL_MANY_TO_MANY_CONVERSIONS"
+    listed = getattr(core_model_loading, names, None)
+    if listed is not None:
+        setattr(core_model_loading, names, (*listed, operation))
+    return operation
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from grok1.conversion.dry_run import Forecast
 
 EXAMPLES = """
 grok1 convert grok-1 grok-1-hf
@@ -87,6 +82,8 @@ def convert_command(
         discard_output=discard_output,
     )
     if dry_run:
+        from grok1.cli.forecast import show_forecast
+
         found = forecast(source, out, settings, jobs=jobs)
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=2))
@@ -106,21 +103,5 @@ def convert_command(
         typer.echo(json.dumps(result, indent=2))
     else:
         console.print(f"{out}: {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes, {duration(seconds)}")
-
-
-def show_forecast(found: Forecast, console: Console) -> None:
-    """Print what a conversion would write, and what it needs."""
-    from grok1.cli.progress import duration
-
-    for name, nbytes in found.shards.items():
-        console.print(f"{name}  {nbytes:>16,} bytes")
-    console.print(f"from       {found.source}")
-    console.print(f"output     {len(found.shards)} shards, {found.nbytes:,} bytes")
-    short = "" if found.free_bytes >= found.needed_bytes else f": {found.needed_bytes - found.free_bytes:,} too few"
-    console.print(f"disk       {found.needed_bytes:,} bytes needed, {found.free_bytes:,} free{short}")
-    console.print(f"memory     at most {found.peak_bytes / 2**20:,.0f} MiB, plus the page cache")
-    if found.bytes_per_second is None or found.seconds is None:
-        console.print("time       unknown: nothing can be written there")
-    else:
-        rate = found.bytes_per_second / 1e6
-        console.print(f"time       about {duration(found.seconds)}, at {rate:,.0f} MB/s of output, measured here")
+        if "://" not in source and not discard_output:
+            console.print(f"Next: grok1 verify {out} --against {source}")

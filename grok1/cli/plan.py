@@ -55,7 +55,7 @@ def plan_command(
         found = find_model(model)
     context = found.config.max_position_embeddings if context is None else context
     if mac is not None:
-        from grok1.cli.plan_tables import mac_json, print_macs
+        from grok1.cli.plan_macs import mac_json, print_macs
         from grok1.sizing.hardware import parse_macs
         from grok1.sizing.mac import mac_plans
 

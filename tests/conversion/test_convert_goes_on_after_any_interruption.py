@@ -15,8 +15,9 @@ from convert_children import Children
 from safetensors import safe_open
 
 from grok1.conversion.convert import convert
-from grok1.conversion.journal import JOURNAL_NAME
+from grok1.conversion.journal import JOURNAL_NAME, LOCK_NAME
 from grok1.errors import CheckpointError, ConversionError
+from grok1.files import PARTIAL_SUFFIX
 
 
 SETTINGS = {"no_tokenizer": True, "max_shard_size": "120KB", "jobs": 2}
@@ -61,8 +62,8 @@ def check_unfinished(out: Path, expected: dict[str, str]) -> None:
     assert finished.items() <= expected.items()
     if INDEX in found:
         assert found.keys() >= expected.keys() - {INDEX}
-    if found and JOURNAL_NAME not in found:
-        assert found == expected
+    if found.keys() - {LOCK_NAME, JOURNAL_NAME + PARTIAL_SUFFIX} and JOURNAL_NAME not in found:
+        assert found == expected  # killed before its record was written, a run has written nothing else
 
 
 def test_killed_at_any_change_of_the_disk(source, expected, children, tmp_path):

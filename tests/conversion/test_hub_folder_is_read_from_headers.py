@@ -95,7 +95,7 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(folder):
         (
             {"c": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}},
             bytes(2),
-            "one of BF16, F32, I32, I64, I8, found F16",
+            "one of float32, bfloat16, int8, int32, int64, found float16",
         ),
         ({"c": {"dtype": "I8", "shape": [3], "data_offsets": [0, 2]}}, bytes(2), "expected 3 bytes for c"),
         ({"c": {"dtype": "I8", "shape": [-1, -2], "data_offsets": [0, 2]}}, bytes(2), "shape and data_offsets of c"),

