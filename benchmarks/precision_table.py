@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import grok1
-from grok1.analysis.evaluate import load, score, stored_bytes, windows
+from grok1.analysis.evaluate import score, stored_bytes, windows
 from grok1.conversion.convert import convert
+from grok1.loading import load_model
 from grok1.precision import PRECISIONS
 from modeling_grok1 import Grok1Int4Config
 
@@ -77,7 +78,7 @@ def main() -> int:
             convert(DEMO, folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folders["bfloat16"])
         pieces = windows(torch.tensor(tokenizer(text)["input_ids"]), CONTEXT)
-        _, expected = score(load(folders["bfloat16"], "bfloat16"), pieces)
+        _, expected = score(load_model(folders["bfloat16"], "bfloat16"), pieces)
         print(
             f"{sum(map(len, pieces)):,} tokens in {len(pieces)} windows, {torch.get_num_threads()} thread(s) of "
             f"{platform.processor() or platform.machine()}, torch {torch.__version__}\n"
@@ -88,7 +89,7 @@ def main() -> int:
         for label in [*ROWS, *INT4_ROWS]:
             if label in ROWS:
                 converted, precision = ROWS[label]
-                model = load(folders[converted], precision)
+                model = load_model(folders[converted], precision)
             else:
                 group_size, search = INT4_ROWS[label]
                 config = Grok1Int4Config(group_size=group_size, scale_search=search)

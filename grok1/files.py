@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -331,12 +331,17 @@ def _stored(path: Path, name: str, described: Any, data: int) -> StoredTensor:
     return StoredTensor(path, dtype, shape, data + begin, nbytes)
 
 
-def read_model_folder(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+def read_model_folder(
+    folder: str | os.PathLike[str], dtypes: Collection[str] = GROK_DTYPES
+) -> dict[str, StoredTensor]:
     """Every tensor of a model's folder by its name: of the shards that its index names, or of model.safetensors.
+
+    Args:
+        dtypes: those that are expected, as torch spells them.
 
     Raises:
         ConversionError: with every problem: no weights, a shard that is missing, cut off or outside of the folder, a
-            header that does not describe its file, a dtype that Grok-1 is not stored in, an index that disagrees.
+            header that does not describe its file, another dtype, an index that disagrees.
     """
     folder = Path(folder)
     weight_map = read_index(folder)
@@ -349,9 +354,9 @@ def read_model_folder(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]
             problems.append(f"{shard}: {error}")
             continue
         problems += [
-            f"{shard}: expected {name} as one of {', '.join(GROK_DTYPES)}, found {tensor.dtype}"
+            f"{shard}: expected {name} as one of {', '.join(dtypes)}, found {tensor.dtype}"
             for name, tensor in found.items()
-            if tensor.dtype not in GROK_DTYPES
+            if tensor.dtype not in dtypes
         ]
         problems += [f"{name}: expected in one shard, found in {shard} too" for name in tensors.keys() & found.keys()]
         tensors |= found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
-from grok1.precision import loading_options
+from grok1.loading import check_weights, load_model
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def generate_text(
         placement: further arguments of `from_pretrained`: device_map, experts_on, expert_cache, attn_implementation.
 
     Raises:
-        ConversionError: files are missing, options contradict each other, or the text exceeds the context.
+        ConversionError: files are missing or cut off, options contradict each other, or the text exceeds the context.
     """
     problems, next_step = folder_problems(folder)
     problems = decoding.problems() + problems
     if problems:
         raise ConversionError("Cannot generate.", problems, next_step)
-    options = loading_options(folder, precision)
+    check_weights(folder)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     from modeling_grok1 import GrokConfig
     from modeling_grok1.pipeline_grok1 import continuation_tokenizer
@@ -110,7 +110,7 @@ def generate_text(
             [f"tokens: expected at most {context}, found {length} of the prompt and {new} to generate"],
             "Shorten the prompt or lower --max-new-tokens.",
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, **options, **placement).eval()
+    model = load_model(folder, precision, **placement)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     output = model.generate(

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from grok1.precision import AUTO, find_precision, loading_options, stored_precision
+from grok1.loading import check_weights, load_model
+from grok1.precision import AUTO, find_precision, stored_precision
 
 
 if TYPE_CHECKING:
@@ -48,16 +49,6 @@ class Evaluation:
     against: str | None
     agreement: float | None
     seconds: float
-
-
-def load(folder: str | Path, precision: str = AUTO, device_map: str | None = None) -> Any:
-    """The model of a folder in a precision, in eval mode. Raises ValueError as `loading_options` does."""
-    from transformers import AutoModelForCausalLM
-
-    import modeling_grok1  # noqa: F401  (registers the classes)
-
-    options = loading_options(folder, precision)
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, **options).eval()
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
@@ -113,6 +104,9 @@ def text_windows(folder: str | Path, text: str, against: str | Path | None, cont
 
     from modeling_grok1 import GrokConfig
 
+    for place in (folder, against):
+        if place is not None:
+            check_weights(place)
     config = GrokConfig.from_pretrained(folder)
     if context > config.max_position_embeddings:
         raise ValueError(f"`context`: expected at most the model's {config.max_position_embeddings}, found {context}.")
@@ -160,9 +154,9 @@ def evaluate(
 
     expected = None
     if against is not None:
-        _, expected = score(load(against, "bfloat16", device_map), pieces, step)
+        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, step)
         done = total // 2
-    model = load(folder, precision, device_map)
+    model = load_model(folder, precision, device_map=device_map)
     start = time.perf_counter()
     nats, top1 = score(model, pieces, step)
     seconds = time.perf_counter() - start

@@ -71,12 +71,12 @@ def run_demo(checkpoint: Path, folder: Path) -> None:
 
 def load(folder: Path, console: Console) -> tuple[Any, Any]:
     """Load the model and its tokenizer, and print the model's sizes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import modeling_grok1  # noqa: F401  (registers the classes)
+    from grok1.loading import load_model
 
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config
     console.print(

@@ -31,14 +31,15 @@ def routing_command(
     """Show the expert routing of a text: load, router entropy and top pair per layer, tokens coloured by expert."""
     from transformers import AutoTokenizer
 
-    from grok1.analysis.evaluate import load
     from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
+    from grok1.loading import check_weights, load_model
 
+    check_weights(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :tokens]
     if ids.shape[1] == 0:
         raise ValueError(f"{text}: expected text, found an empty file.")
-    model = load(folder, precision, device_map)
+    model = load_model(folder, precision, device_map=device_map)
     rows = ids.to(model.device).split(model.config.max_position_embeddings, dim=1)
     statistics = RoutingStatistics.join([routing_statistics(model, row) for row in rows])
     pieces = [readable(piece) for piece in tokenizer.convert_ids_to_tokens(ids[0].tolist())]

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import HTTPException
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
 
-from grok1.precision import AUTO, loading_options
+from grok1.loading import load_model
+from grok1.precision import AUTO
 from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
 
@@ -39,7 +40,7 @@ class FolderManager(ModelManager):
     ):
         super().__init__(**options)
         self.folder, self.chat_template = folder, chat_template
-        self.model_kwargs = {**loading_options(folder, precision), **(model_kwargs or {})}
+        self.precision, self.model_kwargs = precision, model_kwargs or {}
         self.name = self.force_model = folder.resolve().name
         self.model_timeout = -1  # never unloaded
         self.model, self.tokenizer = self.load_model_and_processor(self.name)
@@ -71,6 +72,10 @@ class FolderManager(ModelManager):
 
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
         # Transformers' manager only looks for the architecture among its own classes.
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, attn_implementation=self.attn_implementation, device_map=self.device, **self.model_kwargs
+        return load_model(
+            self.folder,
+            self.precision,
+            attn_implementation=self.attn_implementation,
+            device_map=self.device,
+            **self.model_kwargs,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
+from grok1.loading import check_weights
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def check_settings(settings: Settings) -> None:
         problems.append("--cb-...: has no effect without --continuous-batching")
     if problems:
         raise ConversionError("Cannot serve.", problems, "`grok1 convert CKPT OUT` makes a folder.")
+    check_weights(settings.folder)
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import grok1
-from grok1.analysis.evaluate import evaluate, load, stored_bytes, windows
+from grok1.analysis.evaluate import evaluate, stored_bytes, windows
 from grok1.cli import app
 from grok1.conversion.convert import convert
+from grok1.loading import load_model
 from grok1.precision import PRECISIONS
 from modeling_grok1 import GrokConfig
 
@@ -95,7 +96,7 @@ def test_every_precision_is_measured_and_smaller(folders: dict[str, Path], preci
 
 
 def test_stored_bytes_counts_a_tied_head_once(folders: dict[str, Path]) -> None:
-    model = load(folders["float32"])
+    model = load_model(folders["float32"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert stored_bytes(model) == 4 * sum(weight.numel() for weight in model.parameters())
 
