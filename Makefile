@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm ecosystem clean
+.PHONY: help demo test check test-slow test-matrix test-oldest bench gpu bench-convert conformance interop test-vllm ecosystem clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -48,6 +48,11 @@ test-matrix: $(MATRIX:%=test-transformers-%)  ## the core of the suite with each
 test-transformers-%: $(VENV)/.installed
 	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
 	PYTHONPATH=$(CURDIR)/.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
+
+# What has differed most between versions, with the oldest; `make test` has the newest.
+test-oldest: CORE = tests/model/test_golden_logits.py tests/generation/test_generation_caches_of_every_name.py \
+	tests/quantization/test_int8_loads_saves_and_dequantises.py
+test-oldest: test-transformers-$(firstword $(MATRIX))  ## three files of the core with the oldest Transformers
 
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
