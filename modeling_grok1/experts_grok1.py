@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
+from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import keep_freed_memory, matmul_by_reduction
 
+
+logger = logging.get_logger(__name__)
 
 # The default of `experts_implementation`; see `default_experts_forward`.
 DEFAULT_EXPERTS = "grok1"
@@ -105,6 +108,36 @@ def can_group(self: Any, x: torch.Tensor) -> bool:
     return x.dtype != torch.float64 and all(width * x.element_size() % 16 == 0 for width in widths)
 
 
+def check_export(model: Any) -> None:
+    """
+    Raises:
+        ValueError: torch.export is about to trace a model whose experts are chosen one by one, which it cannot trace.
+    """
+    if not torch.compiler.is_exporting():
+        return
+    if model.experts_on is not None or model.experts_layout != "fused":
+        raise ValueError(
+            "torch.export cannot trace experts that are chosen one by one: load the model without `experts_layout` "
+            "and `experts_on`, which gives fused experts."
+        )
+    if model.config._experts_implementation == "eager":
+        raise ValueError(
+            "torch.export cannot trace `experts_implementation='eager'`: call "
+            f"`model.set_experts_implementation({DEFAULT_EXPERTS!r})` first, the default."
+        )
+
+
+def grouped_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """`experts_implementation="grouped_mm"`, and `"batched_mm"` in ONNX, which has no grouped product."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        logger.warning_once(
+            "ONNX has no grouped product: the experts are exported as `experts_implementation='batched_mm'`, which "
+            "copies the matrices of the chosen experts for every token."
+        )
+        return ExpertsInterface()["batched_mm"](self, x, experts, gates)
+    return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
+
+
 def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """
     `experts_implementation="grok1"`, the default: Transformers' `"grouped_mm"` where torch has that product, and on a
@@ -115,16 +148,17 @@ def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, g
     if torch.compiler.is_compiling():
         if on_cpu and one_row and not torch.is_grad_enabled():
             return chosen_experts_forward(self, x, experts, gates)
-        return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
+        return grouped_experts_forward(self, x, experts, gates)
     long_prompt = on_cpu and x.shape[0] > GROUPED_ROWS_ON_CPU
     if long_prompt:
         keep_freed_memory()
     if long_prompt or (on_cpu and one_row) or not can_group(self, x):
         return self.eager_forward(x, experts, gates)
-    return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
+    return grouped_experts_forward(self, x, experts, gates)
 
 
 # Transformers validates names against the global table; the model dispatches through the local one.
 ExpertsInterface.register(DEFAULT_EXPERTS, default_experts_forward)
 ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
 ALL_EXPERTS_FUNCTIONS[DEFAULT_EXPERTS] = default_experts_forward
+ALL_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_experts_forward

@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import fast_decoding
-from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, geglu, routed_sum, without_autocast
+from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, check_export, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
 from .offloading_grok1 import Grok1OffloadedExperts
@@ -371,6 +371,7 @@ class Grok1Model(Grok1PreTrainedModel):
         """`cache` and `past_key_values` are two names of one argument."""
         past_key_values = one_cache(past_key_values, cache, kwargs)
         check_arguments(kwargs)
+        check_export(self)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
