@@ -235,7 +235,7 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Other quantisations. Most look for nn.Linear and pass over 3-D parameters without a word; 98 % of the weights are
+# Other quantisations. Most look for nn.Linear and skip 3-D parameters silently; 98 % of the weights are
 # experts.
 # --------------------------------------------------------------------------------------------------------------------
 QUANTIZATION_ADVICE = (

@@ -1,4 +1,4 @@
-"""mlx-lm's ways to generate say what the model says by itself, and their text is right to the character."""
+"""Every generation feature of mlx-lm gives the model's own greedy text, and their text is right to the character."""
 
 from collections.abc import Callable
 from pathlib import Path
