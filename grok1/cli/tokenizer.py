@@ -17,9 +17,11 @@ def tokenizer_command(
     tokenizer_model: Annotated[
         Path, typer.Argument(metavar="TOKENIZER.MODEL", help="xAI's tokenizer.model.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write to; created if missing.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write to; created if missing.", file_okay=False)
+    ],
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
+        int | None, typer.Option(metavar="N", min=1, help="Refuse a tokenizer with more pieces than this.")
     ] = None,
     continuations: Annotated[
         bool,
