@@ -25,43 +25,50 @@ class LogLevel(StrEnum):
     DEBUG = "debug"
 
 
-BATCHING, SERVER = "Continuous batching", "Server"
+# A table of its own: the second name would take the room of the other options' names.
+BATCHING, GRAPHS, SERVER = "Continuous batching", "Continuous batching, CUDA graphs", "Server"
 
 
 def serve_command(
     folder: ConvertedFolder,
     chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file that formats a chat as a prompt.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja file that formats a chat as a prompt.", exists=True, dir_okay=False),
     ] = None,
     continuous_batching: Annotated[
         bool, typer.Option("--continuous-batching", help="Batch requests; default: one at a time.")
     ] = False,
     cb_block_size: Annotated[
-        int | None, typer.Option(min=4, help="Tokens per cache block.", rich_help_panel=BATCHING)
+        int | None, typer.Option(metavar="N", min=4, help="Tokens per cache block.", rich_help_panel=BATCHING)
     ] = None,
     cb_num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Cache blocks; default: by free memory.", rich_help_panel=BATCHING)
+        int | None,
+        typer.Option(metavar="N", min=1, help="Cache blocks; default: by free memory.", rich_help_panel=BATCHING),
     ] = None,
     cb_max_batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens per forward pass; default: by free memory.", rich_help_panel=BATCHING),
+        typer.Option(
+            metavar="N", min=1, help="Tokens per forward pass; default: by free memory.", rich_help_panel=BATCHING
+        ),
     ] = None,
     cb_max_memory_percent: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Fraction of free memory to use.", rich_help_panel=BATCHING),
+        typer.Option(metavar="P", min=0.0, max=1.0, help="Fraction of free memory to use.", rich_help_panel=BATCHING),
     ] = None,
     cb_use_cuda_graph: Annotated[
         bool | None,
-        typer.Option("--cb-use-cuda-graph/--no-cb-use-cuda-graph", help="CUDA graphs.", rich_help_panel=BATCHING),
+        typer.Option("--cb-use-cuda-graph/--no-cb-cuda-graph", help="CUDA graphs.", rich_help_panel=GRAPHS),
     ] = None,
     precision: LoadingPrecision = "auto",
     device_map: DeviceMap = "auto",
     experts_on: ExpertsOn = None,
     expert_cache: ExpertCache = None,
     attn_implementation: AttnImplementation = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = "localhost",
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on.", rich_help_panel=SERVER)
+    ] = "localhost",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free one.", rich_help_panel=SERVER)
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 selects a free one.", rich_help_panel=SERVER)
     ] = 8000,
     enable_cors: Annotated[
         bool,
@@ -75,6 +82,7 @@ def serve_command(
     from rich.console import Console
 
     from grok1.cli.progress import starting
+    from grok1.downloads import local_folder
     from grok1.serving.start import Settings, check_settings, listen_on, start
 
     sizes: dict[str, Any] = {
@@ -86,7 +94,7 @@ def serve_command(
     }
     placement = {"experts_on": experts_on, "expert_cache": expert_cache}
     settings = Settings(
-        folder=folder,
+        folder=local_folder(folder),
         chat_template=chat_template,
         precision=precision,
         model_kwargs={name: value for name, value in placement.items() if value is not None},
