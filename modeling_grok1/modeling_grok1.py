@@ -69,8 +69,7 @@ class Grok1Embedding(nn.Embedding):
         return torch.tensor(self.multiplier[self.weight.dtype], dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeds = super().forward(input_ids)
-        return embeds * self.multiplier[embeds.dtype]
+        return super().forward(input_ids) * self.multiplier[self.weight.dtype]
 
 
 class Grok1RMSNorm(nn.Module):
