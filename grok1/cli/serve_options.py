@@ -46,7 +46,7 @@ MaxMemoryPercent = Annotated[
 ]
 UseCudaGraph = Annotated[
     bool | None,
-    typer.Option("--cb-use-cuda-graph/--no-cb-use-cuda-graph", help="CUDA graphs.", rich_help_panel=GRAPHS),
+    typer.Option("--cb-use-cuda-graph/--no-cb-cuda-graph", help="CUDA graphs.", rich_help_panel=GRAPHS),
 ]
 Host = Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.", rich_help_panel=SERVER)]
 Port = Annotated[
