@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_grok1 import GrokConfig
-from .cpu_grok1 import keep_freed_memory, matmul_by_reduction
+from .cpu_grok1 import PLAIN, can_multiply_chosen, chosen_matmul, is_first, keep_freed_memory
 
 
 logger = logging.get_logger(__name__)
@@ -126,10 +126,11 @@ def adapted_sequences(expert: nn.Module) -> int | None:
 
 
 def chosen_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """One row (x: 1 D) on a CPU under torch.compile: reads the chosen matrices in place, at the memory's rate."""
+    """One row (x: 1 D) on a CPU: reads the chosen matrices, floating or quantised, in place, at the memory's rate."""
     chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
-    y = matmul_by_reduction(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
-    y = matmul_by_reduction(geglu(*y.chunk(2, dim=-1)), self.down_proj, chosen)  # k D
+    scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
+    y = chosen_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen, scales[0])  # k 2F
+    y = chosen_matmul(geglu(*y.chunk(2, dim=-1)), self.down_proj, chosen, scales[1])  # k D
     return gates @ y
 
 
@@ -176,11 +177,12 @@ def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, g
     loop over the chosen experts, `"eager"`.
     """
     on_cpu, one_row = x.device.type == "cpu", x.shape[0] == 1
+    if one_row and all(can_multiply_chosen(x, weight) for weight in (self.gate_up_proj, self.down_proj)):
+        return chosen_experts_forward(self, x, experts, gates)
     if torch.compiler.is_compiling():
-        if on_cpu and one_row and not torch.is_grad_enabled():
-            return chosen_experts_forward(self, x, experts, gates)
         return grouped_experts_forward(self, x, experts, gates)
-    long_prompt = on_cpu and x.shape[0] > GROUPED_ROWS_ON_CPU
+    slow = x.dtype == torch.bfloat16 and not is_first(PLAIN, x.dtype, 2, False, torch.is_grad_enabled())
+    long_prompt = on_cpu and (x.shape[0] > GROUPED_ROWS_ON_CPU or slow)
     if long_prompt:
         keep_freed_memory()
     if long_prompt or (on_cpu and one_row) or not can_group(self, x):

@@ -1,5 +1,5 @@
-"""`Accelerator.prepare` with FSDP2, and with FSDP2 over expert parallelism: every parameter is that of the folder, each
-rank holds its share, and the losses and weights of training are those of one process."""
+"""`Accelerator.prepare` with FSDP2, and with FSDP2 over expert parallelism: every parameter is that of the folder,
+each rank holds its share, and the losses and weights of training are those of one process."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def load(folder):
 
 
 def test_every_expert_differs_and_is_that_of_the_folder(launched, folder):
-    _, ranks = launched
+    ranks = launched[1]
     stored = dict(load(folder).named_parameters())
     for rank in ranks:
         assert rank["prepared"].keys() == stored.keys()
@@ -57,7 +57,7 @@ def test_every_expert_differs_and_is_that_of_the_folder(launched, folder):
 
 
 def test_each_rank_holds_its_share_of_the_experts(launched, folder):
-    mode, ranks = launched
+    ranks = launched[1]
     for name, parameter in load(folder).named_parameters():
         if name.endswith(EXPERTS):
             assert [rank["held"][name] for rank in ranks] == [parameter.numel() // len(ranks)] * len(ranks)
@@ -65,7 +65,7 @@ def test_each_rank_holds_its_share_of_the_experts(launched, folder):
 
 def test_losses_and_weights_are_those_of_one_process(launched, folder):
     mode, ranks = launched
-    model, count = load(folder).train(), batches(launched[0])
+    model, count = load(folder).train(), batches(mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -1,5 +1,5 @@
-"""TRL's trainers with LoRA on linear and fused experts: SFT learns the answers and their end, DPO's losses are those of
-plain PyTorch, GRPO raises its reward."""
+"""TRL's trainers with LoRA on linear and fused experts: SFT learns the answers and their end, DPO's losses are those
+of plain PyTorch, GRPO raises its reward."""
 
 import math
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N accelerate_ranks.py MODE FOLDER OUT
 
-Accelerate 1.15 applies FSDP on accelerators only; on a CPU it ignores the plugin and takes DDP. `accelerator_on_cpu` makes
-that one choice for it: what `prepare` does then is Accelerate's own.
+Accelerate 1.15 applies FSDP on accelerators only; on a CPU it ignores the plugin and takes DDP. `accelerator_on_cpu`
+makes that one choice for it: what `prepare` does then is Accelerate's own.
 """
 
 import sys
