@@ -29,13 +29,13 @@ def routing_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the expert routing of a text: load, router entropy and top pair per layer, tokens coloured by expert."""
-    from transformers import AutoTokenizer
-
     from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
-    from grok1.loading import check_weights, load_model
+    from grok1.files import write_file
+    from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 
-    check_weights(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_folder(folder)
+    check_device_map(device_map)
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :tokens]
     if ids.shape[1] == 0:
         raise ValueError(f"{text}: expected text, found an empty file.")
@@ -51,7 +51,7 @@ def routing_command(
     if html is not None:
         from grok1.analysis.page import routing_page
 
-        html.write_text(routing_page(statistics, pieces, title), encoding="utf-8")
+        write_file(html, routing_page(statistics, pieces, title))
     if as_json:
         typer.echo(json.dumps(statistics.to_dict()))
         return
