@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
-from grok1.loading import check_weights, load_model
+from grok1.loading import check_weights, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def generate_text(
         raise ConversionError("Cannot generate.", problems, next_step)
     check_weights(folder)
 
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from modeling_grok1 import GrokConfig
     from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     context = GrokConfig.from_pretrained(folder).max_position_embeddings

@@ -22,6 +22,15 @@ def check_weights(folder: str | Path) -> None:
         read_model_folder(folder, dtypes=tuple(TORCH_NAME.values()))
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder, without the folder's own code."""
+    from transformers import AutoTokenizer
+
+    import modeling_grok1  # noqa: F401  (without it Transformers asks whether to run the folder's code)
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def load_model(folder: str | Path, precision: str = AUTO, **options: Any) -> Any:
     """The model of a folder in a precision, in eval mode.
 

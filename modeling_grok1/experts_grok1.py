@@ -59,6 +59,14 @@ def routed_sum(
     return output
 
 
+class Shapes:
+    """Mixin of modules: `print(model)` shows the shapes of their parameters, and how many experts are active."""
+
+    def extra_repr(self) -> str:
+        shapes = [f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters()]  # type: ignore[attr-defined]
+        return ", ".join([*shapes, *([f"top_k={self.top_k}"] if hasattr(self, "top_k") else [])])
+
+
 class Grok1Expert(nn.Module):
     """One expert of the linear layout: w1 is its gate, w3 its up and w2 its down projection."""
 

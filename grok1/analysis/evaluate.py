@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grok1.loading import check_weights, load_model
+from grok1.loading import check_weights, load_model, load_tokenizer
 from grok1.precision import AUTO, find_precision, stored_precision
 
 
@@ -100,8 +100,6 @@ def score(
 def text_windows(folder: str | Path, text: str, against: str | Path | None, context: int) -> list[torch.Tensor]:
     """The tokenised windows of `text`. Raises ValueError as `evaluate` does."""
     import torch
-    from transformers import AutoTokenizer
-
     from modeling_grok1 import GrokConfig
 
     for place in (folder, against):
@@ -112,7 +110,7 @@ def text_windows(folder: str | Path, text: str, against: str | Path | None, cont
         raise ValueError(f"`context`: expected at most the model's {config.max_position_embeddings}, found {context}.")
     if against is not None and GrokConfig.from_pretrained(against).vocab_size != config.vocab_size:
         raise ValueError(f"`against`: the models of {folder} and {against} have different vocabularies.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return windows(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), context)
 
 
