@@ -100,6 +100,7 @@ def score(
 def text_windows(folder: str | Path, text: str, against: str | Path | None, context: int) -> list[torch.Tensor]:
     """The tokenised windows of `text`. Raises ValueError as `evaluate` does."""
     import torch
+
     from modeling_grok1 import GrokConfig
 
     for place in (folder, against):
