@@ -95,7 +95,7 @@ def test_weights_cache_and_activations_are_those_of_a_loaded_model(folder, preci
     assert share.cache == pytest.approx(full, rel=0.05)
     assert share.free == 80 * GB - RESERVED - share.weights - share.cache - share.activations
     if precision in ("float32", "bfloat16"):
-        # The peak is in the last layer, when every layer's cache has been written anew.
+        # The peak is in the last layer, when every layer's cache has been written again.
         assert share.activations == pytest.approx(peak - full, rel=0.05)
 
 
