@@ -44,8 +44,7 @@ from .cpu_grok1 import fast_decoding, with_cpu_products
 from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, check_export, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
-from .offloading_grok1 import Grok1OffloadedExperts
-from .shapes_grok1 import Shapes
+from .offloading_grok1 import Grok1OffloadedExperts, Shapes
 
 
 # --------------------------------------------------------------------------------------------------------------------

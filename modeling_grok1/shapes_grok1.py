@@ -6,5 +6,6 @@ class Shapes:
     """Mixin of modules: `print(model)` shows the shapes of their parameters, and how many experts are active."""
 
     def extra_repr(self) -> str:
-        shapes = [f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters()]  # type: ignore[attr-defined]
-        return ", ".join([*shapes, *([f"top_k={self.top_k}"] if hasattr(self, "top_k") else [])])
+        shapes = [f"{name}={tuple(parameter.shape)}" for name, parameter in self._parameters.items()]  # type: ignore[attr-defined]
+        counts = [f"{name}={getattr(self, name)}" for name in ("num_experts", "top_k") if hasattr(self, name)]
+        return ", ".join([*counts, *shapes])
