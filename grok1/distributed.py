@@ -21,10 +21,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.distributed import DistributedConfig
 
-from grok1.loading import check_folder
+from grok1.loading import check_folder, load_tokenizer
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     first = dist.get_rank() == 0
 
     check_folder(args.folder)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = load_tokenizer(args.folder)
     model = Grok1ForCausalLM.from_pretrained(
         args.folder,
         dtype=args.dtype,
