@@ -80,6 +80,11 @@ test-mlx: $(VENV)/.installed $(MLX)/.installed  ## mlx-lm on converted and packe
 	$(BIN)/python tests/engines/mlx/folders.py $(MLX)/folders
 	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/engines/mlx tests/engines/mlx
 
+.PHONY: engines
+engines: $(VENV)/.installed $(MLX)/.installed $(VLLM)/.installed  ## an int8 and an int4 folder of the demo through every engine, in one table
+	$(BIN)/python tests/interop/environment.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/engines/table/table.py
+
 test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## the plugin in vLLM's CPU build (an environment of its own: 3.5 GB, once)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engines/vllm/prepare.py .cache/vllm-data
 	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 -m "not slow" tests/engines/vllm
