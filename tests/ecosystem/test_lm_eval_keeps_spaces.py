@@ -1,4 +1,4 @@
-"""lm-evaluation-harness decodes a completion by itself. With a tokenizer made for continuations it gets all of it,
+"""lm-evaluation-harness decodes the completion alone. With a tokenizer made for continuations it gets all of it,
 and log-likelihoods are those of plain PyTorch."""
 
 import json
