@@ -15,6 +15,7 @@ from grok1.conversion.convert import convert
 from grok1.conversion.export_xai import export_xai
 from grok1.conversion.inspect import inspect_checkpoint
 from grok1.errors import CheckpointError, ConversionError
+from grok1.sizing.models import find_model
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -197,6 +198,7 @@ def test_grok_2_is_named_with_what_runs_it(golden, folders, tmp_path):
         lambda: convert(source, tmp_path / "out"),
         lambda: convert(golden / "tiny-1", tmp_path / "out", config=source / "config.json"),
         lambda: inspect_checkpoint(source),
+        lambda: find_model(str(source)),
     ):
         with pytest.raises(ConversionError, match=r"(?s)this is Grok-2.*sglang\.launch_server"):
             refused()
