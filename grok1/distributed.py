@@ -71,7 +71,7 @@ def main() -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    model.generate(  # type: ignore[misc]
+    model.generate(
         **inputs,
         **sampling,
         max_new_tokens=args.max_new_tokens,

@@ -1,7 +1,7 @@
 """Every code block of README.md and docs/ runs as it is pasted, page by page, in the page's order, in an empty folder.
 
-A block below `<!-- needs: ... -->` needs what a test has not (the release, GPUs, another program): it runs with
-stand-ins (tests/support/stand_ins.py, a hub on loopback), or is only parsed where there is none. Lines of bash that begin with
+A block below `<!-- needs: ... -->` needs what a test lacks (the release, GPUs, other programs): it runs with stand-ins
+(tests/support/stand_ins.py, a hub on loopback), or is only parsed if there is none. Lines of bash that begin with
 `grok1` run in this process.
 """
 
@@ -63,7 +63,9 @@ def commands(code: str) -> list[str]:
 ELSEWHERE = re.compile(
     r"^(grok1 serve|transformers chat|python -m vllm|mlx\.|mlx_lm\.(convert|server)|cmake|llama-)", re.M
 )
-NO_STAND_IN = re.compile(r"^\s*(from|import) (vllm|mlx|mlx_lm|openai|nnsight|deepspeed|lm_eval|trl|llmcompressor)\b", re.M)
+NO_STAND_IN = re.compile(
+    r"^\s*(from|import) (vllm|mlx|mlx_lm|openai|nnsight|deepspeed|lm_eval|trl|llmcompressor)\b", re.M
+)
 MISSING_PROGRAM = re.compile(r"^(python (benchmarks|llama\.cpp|convert_hf)|deepspeed|accelerate launch|docker)", re.M)
 
 

@@ -49,7 +49,9 @@ def test_the_cells_run_in_order_and_draw(shown):
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "commit it without outputs"
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), (
+        "commit it without outputs"
+    )
     scope: dict = {"__name__": "__notebook__"}
     values = [last_value("".join(cell["source"]), scope) for cell in cells]
     drawn = shown + [rendered(value) for value in values if isinstance(value, matplotlib.figure.Figure)]
