@@ -14,7 +14,7 @@ import llama_cpp
 
 
 def silent(level, text, data):
-    """The log of the runtime would be mixed with the answers."""
+    """Discards the runtime's log, which would be mixed with the answers."""
 
 
 class Session:

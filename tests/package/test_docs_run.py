@@ -1,8 +1,8 @@
 """Every code block of README.md and docs/ runs as it is pasted, page by page, in the page's order, in an empty folder.
 
-A block below `<!-- needs: ... -->` needs what a test has not (the release, GPUs, another program): it runs with
-stand-ins (tests/support/stand_ins.py, a hub on loopback), or is only parsed where there is none. Lines of bash that
-begin with `grok1` run in this process.
+A block below `<!-- needs: ... -->` needs what a test lacks (the release, GPUs, other programs): it runs with stand-ins
+(tests/support/stand_ins.py, a hub on loopback), or is only parsed if there is none. Lines of bash that begin with
+`grok1` run in this process.
 """
 
 import ast
