@@ -323,7 +323,7 @@ def convert_tokenizer(
         "backend": "tokenizers",
         "add_bos_token": False,
         "add_eos_token": False,
-        "add_prefix_space": True,  # says what tokenizer.json does; it is not read
+        "add_prefix_space": True,  # says what tokenizer.json does; Transformers does not read it
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",

@@ -24,10 +24,10 @@ def tokenizer_command(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Argument(help="Folder to write to; created if missing.", file_okay=False)
+        Path | None, typer.Argument(metavar="OUT", help="Folder to write to; created if missing.", file_okay=False)
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
+        int | None, typer.Option(metavar="N", min=1, help="Refuse a tokenizer with more pieces than this.")
     ] = None,
     continuations: Annotated[
         bool,

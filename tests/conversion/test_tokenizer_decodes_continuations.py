@@ -1,4 +1,4 @@
-"""With `--continuations` decoding is additive: programs that decode a completion by itself get all of its spaces."""
+"""With `--continuations` decoding is additive: programs that decode only the completion get all of its spaces."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""mlx-lm's ways to generate say what the model says by itself, and their text is right to the character."""
+"""Every generation feature of mlx-lm gives the model's own greedy text, and their text is right to the character."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def test_the_tokenizer_of_the_card_keeps_the_first_space(
             (tmp_path / "folder" / "README.md").read_text(encoding="utf-8"),
             re.DOTALL,
         )
-        exec(lines.replace("PATH_OR_REPO", str(tmp_path / "folder")), {})
+        exec(lines.replace("FOLDER", str(tmp_path / "folder")), {})
 
 
 def test_the_command(
