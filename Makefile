@@ -60,7 +60,14 @@ bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shap
 bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+	$(MAKE) bench-cpu
 	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
+
+.PHONY: bench-cpu
+bench-cpu: $(VENV)/.installed  ## decoding, prompts and training beside llama.cpp, as the processor is and as AVX2
+	$(BIN)/python tests/interop/environment.py
+	$(BIN)/python tests/interop/environment.py avx2
+	$(BIN)/python benchmarks/bench_cpu.py --out benchmarks/CPU.md
 
 gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at most eight minutes: out/gpu/report.md
 	$(BIN)/python benchmarks/gpu.py --out out/gpu
