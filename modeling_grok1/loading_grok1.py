@@ -235,7 +235,7 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Other quantisations. Most look for nn.Linear and pass over 3-D parameters without a word; 98 % of the weights are
+# Other quantisations. Most look for nn.Linear and skip 3-D parameters silently; 98 % of the weights are
 # experts.
 # --------------------------------------------------------------------------------------------------------------------
 QUANTIZATION_ADVICE = (
@@ -244,6 +244,14 @@ QUANTIZATION_ADVICE = (
     "TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
 )
 EXPERT_MATRICES = (".gate_up_proj", ".down_proj", ".w1.weight", ".w2.weight", ".w3.weight")
+
+
+def default_experts_layout() -> str:
+    """
+    Fused, but linear inside Accelerate's `init_empty_weights`: `load_checkpoint_and_dispatch` sets one tensor of the
+    files after the other, by its name, and skips the names that the model does not have.
+    """
+    return LINEAR if nn.Module.register_parameter.__module__.startswith("accelerate.") else FUSED
 
 
 def quantized_experts_layout(config: GrokConfig, experts_layout: str | None) -> str | None:
@@ -389,7 +397,7 @@ class Grok1LoadingMixin:
         config (`GrokConfig`): validated again here, because fields can be set after its own validation.
         experts_layout (`"fused"` or `"linear"`, *optional*): the experts in memory. Fused (two 3-D parameters per
             layer) is the default; linear (one `nn.Linear` per matrix) is chosen automatically where bitsandbytes or
-            torchao quantises. The files on disk are the same.
+            torchao quantises, and inside Accelerate's `init_empty_weights`. The files on disk are the same.
         experts_on (`"cpu"` or `"disk"`, *optional*): keep the experts, 99 % of the weights, in host memory or in the
             checkpoint's own files, and copy those that the router chooses to the device of everything else.
         expert_cache (`int` or `str`, *optional*): bytes of recently used experts that stay on the device with
@@ -418,7 +426,7 @@ class Grok1LoadingMixin:
         if experts_layout not in (None, FUSED, LINEAR):
             raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
         cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
-        layout = quantized_experts_layout(config, experts_layout) or FUSED
+        layout = quantized_experts_layout(config, experts_layout) or default_experts_layout()
         model_type = MODEL_TYPES[layout if experts_on is None else OFFLOADED]
         if config.model_type != model_type:
             config = copy.copy(config)  # the caller's may serve models of another layout

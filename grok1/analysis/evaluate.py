@@ -138,27 +138,19 @@ def evaluate(
         precision: as in `loading_options`.
         context: tokens of a window.
         device_map: as in `from_pretrained`.
-        progress: called with (tokens done, total tokens) after each window.
+        progress: called with (tokens done, total tokens) after each window, for one model after the other.
 
     Raises:
         ValueError: an unknown option, a text of less than 2 tokens, a context beyond the model's, or two models whose
             vocabularies differ.
     """
     pieces = text_windows(folder, text, against, context)
-    total = sum(len(piece) for piece in pieces) * (1 if against is None else 2)
-    done = 0
-
-    def step(here: int, _: int) -> None:
-        if progress is not None:
-            progress(done + here, total)
-
     expected = None
     if against is not None:
-        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, step)
-        done = total // 2
+        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, progress)
     model = load_model(folder, precision, device_map=device_map)
     start = time.perf_counter()
-    nats, top1 = score(model, pieces, step)
+    nats, top1 = score(model, pieces, progress)
     seconds = time.perf_counter() - start
     dtype = str(model.dtype).removeprefix("torch.")
     method = stored_precision(folder)

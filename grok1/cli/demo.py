@@ -23,7 +23,9 @@ SHOWN = 3  # passages that are printed; all are checked
 
 
 def demo_command(
-    out: Annotated[Path | None, typer.Option(help="Keep the converted folder here.", file_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Keep the converted folder here.", file_okay=False)
+    ] = None,
 ) -> None:
     """Convert the bundled checkpoint, load it, and generate passages of Shakespeare."""
     from grok1.demo import passages

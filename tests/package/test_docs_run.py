@@ -2,7 +2,8 @@
 
 A block below `<!-- needs: ... -->` is only parsed. All others of a page run in its order, in a folder with: `grok-1`
 (a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless the page converts it itself) and
-`text.txt`. Lines of bash that begin with `grok1` run in this process.
+`text.txt`. Lines of bash that begin with `grok1` run in this process. A block of Python whose first line names a
+script is written to it. docs/ecosystem.md runs where its libraries are: `make ecosystem`.
 """
 
 import ast
@@ -28,6 +29,7 @@ from grok1.conversion.release import release_sizes
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "grok1" / "demo"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPT = re.compile(r"# (\w+\.py)\n")
 FENCE = re.compile(r"(?P<needs><!-- needs: [^\n]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -68,7 +70,7 @@ def world(tmp_path_factory) -> Path:
 
 def run_bash(line: str) -> None:
     if not line.startswith("grok1 "):
-        result = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=120)
+        result = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=500)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         return
     shown = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
@@ -79,6 +81,8 @@ def run_bash(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
+    if page.name == "ecosystem.md" and not os.environ.get("GROK1_ECOSYSTEM"):
+        pytest.skip("needs the libraries of the page: `make ecosystem`")
     found = blocks(page)
     for block in found:
         assert block.language in ("python", "bash", "text"), f"{page.name}:{block.line}: {block.language or 'none'}"
@@ -90,7 +94,9 @@ def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {"__name__": "__docs__"}
     for block in runnable:
-        if block.language == "python":
+        if script := SCRIPT.match(block.code):
+            Path(script[1]).write_text(block.code, encoding="utf-8")
+        elif block.language == "python":
             # Compiled with the page's own line numbers, so that a traceback points there.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
         else:
