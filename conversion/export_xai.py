@@ -46,7 +46,16 @@ from grok1.conversion.write import AGAIN
 from grok1.conversion.xai.checkpoint import check_unchanged
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
-from grok1.files import ITEMSIZE, PARTIAL_SUFFIX, FileState, Progress, sync_folder, unwritable, write_file
+from grok1.files import (
+    ITEMSIZE,
+    PARTIAL_SUFFIX,
+    FileState,
+    Progress,
+    read_json,
+    sync_folder,
+    unwritable,
+    write_file,
+)
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
@@ -261,7 +270,7 @@ class _Plan:
 
 def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
     config = read_config(folder / "config.json")
-    packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+    packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
     found = folder_arrays(folder)
     states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
     files, head, problems = _plan_files(found, config, packing, scale_blocks)
@@ -540,15 +549,17 @@ def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tenso
 
 
 def _float_pieces(file: _File) -> Iterator[np.ndarray]:
-    """The float32 bytes of an embedding, norm or router."""
+    """The float32 bytes of an embedding, norm or router. Raises _UnfitError if they are not finite."""
     (array,) = file.weights
-    if len(array.shape) == 1:
-        yield _float_rows(array, 0, array.shape[0]).numpy()
-    elif file.entry.kind.transposed:
-        yield transpose(_float_rows(array, 0, array.shape[0])).numpy()
-    else:
-        for start, stop in _row_blocks(array):
-            yield _float_rows(array, start, stop).numpy()
+    whole = len(array.shape) == 1 or file.entry.kind.transposed
+    for start, stop in [(0, array.shape[0])] if whole else _row_blocks(array):
+        rows = _float_rows(array, start, stop)
+        if not rows.isfinite().all():
+            raise _UnfitError(
+                f"{array.file}: cannot be exported",
+                [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
+            )
+        yield (transpose(rows) if file.entry.kind.transposed else rows).numpy()
 
 
 def _row_blocks(array: RawArray, bits: int | None = None) -> Iterator[tuple[int, int]]:
@@ -575,7 +586,7 @@ def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
     companions = {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     if (folder / TOKENIZER_NAME).is_file():

@@ -90,8 +90,39 @@ class Grok1LinearExperts(nn.ModuleList):
     )
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `Grok1Experts.eager_forward`."""
+        sequences = adapted_sequences(self[0])
+        if sequences is not None:
+            return self.mixed_forward(x, experts, gates, sequences)
         all_experts = self.training or hasattr(next(self.parameters()), "ds_id")
         return routed_sum(x, experts, gates, lambda e, rows: self[e](rows), len(self), all_experts)
+
+    def mixed_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, B: int) -> torch.Tensor:  # noqa: N803
+        """
+        The same for a batch whose B sequences have adapters of their own: the linear layers take B rows of tokens, as
+        many in each as the sequence with most of them has, and zeros beside them.
+        """
+        output = torch.zeros_like(x)
+        T = len(x) // B  # noqa: N806
+        for e in experts.unique().tolist():
+            token, slot = torch.where(experts == e)  # ascending
+            sequence = token // T
+            count = sequence.bincount(minlength=B)
+            place = torch.arange(len(token), device=x.device) - (count.cumsum(0) - count)[sequence]
+            rows = x.new_zeros(B, int(count.max()), x.shape[-1])
+            rows[sequence, place] = x[token]
+            y = self[e](rows)[sequence, place] * gates[token, slot, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+
+def adapted_sequences(expert: nn.Module) -> int | None:
+    """The number of sequences for which PEFT was given `adapter_names`, or None. It passes them by a hook."""
+    for module in expert.modules():
+        for hook in module._forward_pre_hooks.values():
+            names = getattr(hook, "keywords", {}).get("adapter_names")
+            if names is not None:
+                return len(names)
+    return None
 
 
 def chosen_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import copy
 import os
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import conversion_mapping
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -200,6 +202,19 @@ def register_class_names() -> None:
 
 
 register_class_names()
+
+
+def register_adapter_names() -> None:
+    """
+    Enter the fused experts in the table by which PEFT finds fused experts: `target_modules="all-linear"`, or the names
+    w1, w2 and w3, reach them then, as in Mixtral. PEFT copies the table when it first adapts a model. Idempotent.
+    """
+    copied = sys.modules.get("peft.utils.transformers_weight_conversion")
+    for module in (conversion_mapping, copied):
+        getattr(module, "_MODEL_TO_CONVERSION_PATTERN", {})[MODEL_TYPES[FUSED]] = "mixtral"
+
+
+register_adapter_names()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -441,6 +456,12 @@ class Grok1LoadingMixin:
         if self.experts_layout == LINEAR:
             self._can_compile_fullgraph = False  # which experts run is known only after the router
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in PyTorch. An adapter is merged into the weight below it, so what is adapted gets one of its own."""
+        if name in ("embed_tokens", "lm_head") and hasattr(value, "base_layer"):
+            untie(self.config, value.base_layer)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
     # Transformers looks for the interfaces in the text of the file that defines a class.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -505,7 +526,7 @@ class Grok1LoadingMixin:
             ]
         return result
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict: dict | None = None, *args, **kwargs):
         """
         As in Transformers. `lm_head.weight` is written although it is tied: some engines never tie.
 
@@ -524,14 +545,25 @@ class Grok1LoadingMixin:
         if self.experts_layout == LINEAR and not isinstance(getattr(self, "hf_quantizer", None), Grok1Quantizer):
             # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-        copy_mlx_file(self, save_directory)
+        if not is_main_process and hasattr(next(self.parameters()), "ds_id"):  # type: ignore[attr-defined]
+            # This rank writes nothing, and holds the parts that ZeRO-3 left it, which no conversion can revert.
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            copy_mlx_file(self, save_directory)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""
         if dtype is None and isinstance(self.config.dtype, str):  # type: ignore[attr-defined]
             dtype = getattr(torch, self.config.dtype)  # type: ignore[attr-defined]  # saving leaves the dtype's name
         return super().dequantize(dtype)  # type: ignore[misc]
+
+
+def untie(config: Any, layer: Any) -> None:
+    """Gives an embedding, or a head, that is tied to the other a weight of its own."""
+    if config.tie_word_embeddings and not hasattr(layer.weight, "ds_id"):  # ZeRO-3 keeps a part of it only
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+        config.tie_word_embeddings = False
 
 
 def copy_mlx_file(model: Any, folder: str | os.PathLike) -> None:

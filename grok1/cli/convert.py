@@ -137,5 +137,9 @@ def convert_command(
         typer.echo(json.dumps(result, indent=2))
     else:
         console.print(f"{out}: {len(plan.shards)} shards in {plan.dtype}, {plan.nbytes:,} bytes, {duration(seconds)}")
-        if "://" not in source and not discard_output:
+        if discard_output:
+            console.print(f'Next: grok1 generate {push_to} "The answer to life"')
+        elif "://" in source:
+            console.print(f"Next: grok1 verify {out}")
+        else:
             console.print(f"Next: grok1 verify {out} --against {source}")

@@ -36,6 +36,7 @@ class MixtralModelTester(grok1.Grok1ModelTester):
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             num_local_experts=4,
+            pad_token_id=0,
             max_position_embeddings=512,
         )
 
