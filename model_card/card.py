@@ -63,8 +63,10 @@ class CardFacts:
         active_parameters: `parameters` less those of the experts that are not active for a token.
         expert_share: percentage of `parameters` that are experts'.
         precision: dtype of the expert weights.
-        layout: hub, fused, hpcai or keyfan (conversion.names).
+        layout: hub, fused, hpcai, keyfan or gguf (conversion.names).
         is_release: whether the sizes are those of xAI's released model.
+        shards: names of the files with weights.
+        description: what a GGUF file says of its numbers.
         weight_bytes: bytes of all tensors; `shard_bytes` adds the headers.
     """
 
@@ -77,7 +79,8 @@ class CardFacts:
     tied: bool
     is_release: bool
     groups: tuple[Group, ...]
-    shards: int
+    shards: tuple[str, ...]
+    description: str
     weight_bytes: int
     shard_bytes: int
     memory: tuple[Memory, ...]
@@ -91,18 +94,24 @@ class CardFacts:
         """Whether the matrices are in the format of compressed-tensors."""
         return self.precision.startswith("int")
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are GGUF files."""
+        return self.layout == "gguf"
+
 
 def render_card(facts: CardFacts) -> str:
     """The card of a folder as text: YAML metadata, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
     title = "Grok-1" if facts.is_release else f"A {_count(facts.parameters)}-parameter model of Grok-1's architecture"
+    quantised = [facts.precision] if facts.is_packed or facts.is_gguf else []
     data = ModelCardData(
         license="apache-2.0",
-        library_name="transformers",
+        library_name="gguf" if facts.is_gguf else "transformers",
         pipeline_tag="text-generation",
         base_model="xai-org/grok-1" if facts.is_release else None,
-        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *([facts.precision] if facts.is_packed else [])],
+        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *quantised],
     )
     template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(

@@ -36,4 +36,4 @@ def card_command(
         )
     facts = card_facts(folder)
     path = write_card(folder, facts)
-    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")
+    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {len(facts.shards)} shard(s)")

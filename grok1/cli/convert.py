@@ -13,6 +13,7 @@ import typer
 EXAMPLES = """
 grok1 convert grok-1 grok-1-hf
 grok1 convert grok-1 grok-1-int8 --dtype int8
+grok1 convert grok-1 grok-1-gguf --layout gguf --dtype int8
 grok1 convert grok-1 grok-1-hf --dry-run
 grok1 convert hf://xai-org/grok-1 grok-1-hf --discard-source --push-to USER/grok-1-hf --discard-output
 """
@@ -30,17 +31,30 @@ def convert_command(
         str, typer.Option(help="bfloat16, float32, int8 (xAI's own values and scales) or int4.")
     ] = "bfloat16",
     layout: Annotated[
-        str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai or keyfan.")
+        str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai, keyfan or gguf (for llama.cpp).")
     ] = "hub",
     config: Annotated[
         Path | None, typer.Option(help="config.json; default: the one beside CKPT, or the release's.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one beside CKPT.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB or 4GiB.")] = "5GB",
-    group_size: Annotated[
-        int | None, typer.Option(help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32.")
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest shard, such as 4GiB; default: 5GB, with gguf 50GB.")
     ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32; gguf has 32."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="With gguf: the embedding in float32 (the default with int8 and int4; the release: 3.2 GB), bfloat16 "
+            "(1.6 GB) or q8_0 (0.9 GB, quantised)."
+        ),
+    ] = None,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="With gguf: round scales that float16 does not hold.")
+    ] = False,
     discard_source: Annotated[
         bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
     ] = False,
@@ -75,6 +89,8 @@ def convert_command(
         no_tokenizer=no_tokenizer,
         max_shard_size=max_shard_size,
         group_size=group_size,
+        embedding=embedding,
+        round_scales=round_scales,
         discard_source=discard_source,
         scratch=scratch,
         push_to=push_to,

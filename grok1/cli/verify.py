@@ -14,11 +14,12 @@ EXAMPLES = """
 grok1 verify grok-1
 grok1 verify grok-1-hf
 grok1 verify grok-1-hf --against grok-1
+grok1 verify grok-1-gguf/grok-1-q8_0.gguf --against grok-1
 """
 
 
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="xAI's checkpoint, or a converted folder.", exists=True)],
+    folder: Annotated[Path, typer.Argument(help="xAI's checkpoint, a converted folder, or a GGUF file.", exists=True)],
     against: Annotated[
         Path | None, typer.Option(help="The checkpoint that FOLDER was converted from.", exists=True)
     ] = None,
@@ -38,7 +39,9 @@ def verify_command(
     if against is None:
         if config is not None or tokenizer is not None:
             raise typer.BadParameter("--config and --tokenizer go with --against.")
-        if (folder / "config.json").is_file() and not _holds_tensor_files(folder):
+        if folder.suffix == ".gguf":
+            _verify_sums(folder.parent, jobs, as_json)
+        elif (folder / "config.json").is_file() and not _holds_tensor_files(folder):
             _verify_sums(folder, jobs, as_json)
         else:
             _verify_source(folder, jobs, state, as_json)
