@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from grok1.conversion.names import HubTensor
+from grok1.conversion.names import KINDS, HubTensor
 from grok1.conversion.shards import Shard
 from grok1.conversion.tokenizer import BYTE, CONTROL, NORMAL, SPECIAL_IDS, UNKNOWN, UNUSED, read_sentencepiece
-from grok1.gguf_files import LOSSLESS, SUFFIX, gguf_package, quantization_type
+from grok1.errors import ConversionError
+from grok1.gguf_files import LOSSLESS, SUFFIX, GgufModel, gguf_package, quantization_type
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -27,6 +28,24 @@ TEMPLATE_NAME = "chat_template.jinja"
 FILE_TYPES = {"float32": "ALL_F32", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 # Rows of the vocabulary that the tokenizer has no piece for.
 PADDING_SCORE = -10000.0
+# Of the architecture, and the field of the config that each is.
+KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.output_scale": "attn_output_multiplier",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "router_logit_softcapping": "router_logit_softcapping",
+    "embedding_scale": "embedding_multiplier_scale",
+    "logit_scale": "output_multiplier_scale",
+}
 KEPT_TYPES = (UNKNOWN, CONTROL, UNUSED, BYTE)
 
 
@@ -151,6 +170,34 @@ def _add_general_keys(writer: Any, description: str, is_release: bool) -> None:
         writer.add_base_model_organization(0, "xAI")
         writer.add_base_model_repo_url(0, SOURCE)
     writer.add_tags(["grok-1", "mixture-of-experts", "moe", "base-model", "text-generation"])
+
+
+def config_of_keys(model: GgufModel) -> GrokConfig:
+    """The config of a model that has none beside it, from its metadata.
+
+    The multipliers are float32 there: the nearest ones of the released model are taken as its own.
+
+    Raises:
+        ConversionError: the model is not a Grok-1, or keys are missing.
+    """
+    keys, released = model.keys, GrokConfig()
+    architecture = keys.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ConversionError(
+            f"{model.files[0]}: expected general.architecture {ARCHITECTURE}, found {architecture!r}"
+        )
+    missing = [f"{ARCHITECTURE}.{key}: expected, found none" for key in KEYS if f"{ARCHITECTURE}.{key}" not in keys]
+    embedding = model.tensors.get(KINDS["embedding"].gguf)
+    if missing or embedding is None:
+        missing += [] if embedding else [f"{KINDS['embedding'].gguf}: expected, found no such tensor"]
+        raise ConversionError(f"{model.files[0]}: not the metadata of a Grok-1", missing)
+    values: dict[str, Any] = {"vocab_size": embedding.shape[0]}
+    for key, field in KEYS.items():
+        value = keys[f"{ARCHITECTURE}.{key}"]
+        own = getattr(released, field)
+        values[field] = own if isinstance(own, float) and np.float32(own) == np.float32(value) else value
+    rope = {"rope_type": "default", "rope_theta": keys.get(f"{ARCHITECTURE}.rope.freq_base", 10000.0)}
+    return GrokConfig(**values, rope_parameters=rope)
 
 
 def add_vocabulary(writer: Any, config: GrokConfig, tokenizer: Path) -> None:

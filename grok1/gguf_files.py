@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grok1.arrays import count_nonfinite
+from grok1.arrays import RawArray, count_nonfinite
 from grok1.errors import ConversionError
 from grok1.files import BLOCK_BYTES, StoredTensor
 
@@ -118,6 +118,25 @@ def read_gguf(path: Path) -> GgufModel:
     if problems:
         raise ConversionError(f"{path}: not a whole GGUF model", problems)
     return GgufModel(files, keys, tensors)
+
+
+def gguf_arrays(model: GgufModel) -> dict[str, RawArray]:
+    """Every tensor of a model as an array in its file; one of blocks has their type as its dtype.
+
+    Raises:
+        ConversionError: a tensor is of a type that is not read here.
+    """
+    unknown = [
+        f"{name}: expected one of {', '.join(TYPES.values())}, found {tensor.dtype}"
+        for name, tensor in model.tensors.items()
+        if tensor.dtype not in TYPES
+    ]
+    if unknown:
+        raise ConversionError(f"{model.files[0]}: its tensors cannot be read", unknown)
+    return {
+        name: RawArray(tensor.file, tensor.dtype, tensor.shape, tensor.offset)
+        for name, tensor in model.tensors.items()
+    }
 
 
 def file_keys(file: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import typer
 
 EXAMPLES = """
 grok1 export-xai grok-1-hf exported
+grok1 export-xai grok-1-gguf/grok-1-q8_0.gguf exported
 """
 
 
 def export_xai_command(
-    folder: Annotated[Path, typer.Argument(help="A converted folder, in any layout.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="A converted folder, in any layout, or a GGUF file.", exists=True)],
     out: Annotated[Path, typer.Argument(help="Where to write ckpt-0/: an empty folder, or none yet.")],
     scale_blocks: Annotated[
         int,
