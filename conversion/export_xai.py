@@ -1,8 +1,8 @@
 """A converted folder back to xAI's format: the table of names read from right to left.
 
-Tensors that are stored as in the release (float32 norms, routers and embedding; int8 with scales, in q8_0 too) are
-restored byte for byte. Dequantised matrices are quantised again, which is lossy: the report states the error. One expert is in
-memory at a time.
+Tensors that are stored as in the release (float32 norms, routers and embedding; int8 with scales, as q8_0 too) are
+restored byte for byte. Dequantised matrices are quantised again, which is lossy: the report states the error. One
+expert is in memory at a time.
 """
 
 from __future__ import annotations
@@ -49,16 +49,27 @@ from grok1.conversion.xai.checkpoint import check_unchanged
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
 from grok1.files import (
+<<<<<<< HEAD
     BLOCK_BYTES,
     PARTIAL_SUFFIX,
     FileState,
     Progress,
     array_bytes,
+=======
+    ITEMSIZE,
+    PARTIAL_SUFFIX,
+    FileState,
+    Progress,
+    read_json,
+>>>>>>> main
     sync_folder,
     unwritable,
     write_file,
 )
+<<<<<<< HEAD
 from grok1.gguf_files import dequantized, gguf_arrays, is_gguf, read_gguf
+=======
+>>>>>>> main
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
@@ -274,6 +285,7 @@ class _Plan:
 
 
 def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
+<<<<<<< HEAD
     packing = None
     if is_gguf(folder):
         model = read_gguf(folder)
@@ -286,6 +298,11 @@ def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
         config = read_config(folder / "config.json")
         packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
         found = folder_arrays(folder)
+=======
+    config = read_config(folder / "config.json")
+    packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
+    found = folder_arrays(folder)
+>>>>>>> main
     states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
     files, head, problems = _plan_files(found, config, packing, scale_blocks)
     problems = _model_problems(config) + problems
@@ -612,8 +629,9 @@ def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tenso
 
 
 def _float_pieces(file: _File) -> Iterator[np.ndarray]:
-    """The float32 bytes of an embedding, norm or router."""
+    """The float32 bytes of an embedding, norm or router. Raises _UnfitError if they are not finite."""
     (array,) = file.weights
+<<<<<<< HEAD
     if file.blocks:
         for start, stop in _row_blocks(array):
             yield _block_rows(file, 0, start, stop).numpy()
@@ -624,6 +642,17 @@ def _float_pieces(file: _File) -> Iterator[np.ndarray]:
     else:
         for start, stop in _row_blocks(array):
             yield _float_rows(array, start, stop).numpy()
+=======
+    whole = len(array.shape) == 1 or file.entry.kind.transposed
+    for start, stop in [(0, array.shape[0])] if whole else _row_blocks(array):
+        rows = _float_rows(array, start, stop)
+        if not rows.isfinite().all():
+            raise _UnfitError(
+                f"{array.file}: cannot be exported",
+                [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
+            )
+        yield (transpose(rows) if file.entry.kind.transposed else rows).numpy()
+>>>>>>> main
 
 
 def _block_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tensor:
@@ -657,9 +686,14 @@ def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
     return []
 
 
+<<<<<<< HEAD
 def _companions(folder: Path, config: GrokConfig) -> dict[str, bytes]:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config.to_dict()
+=======
+def _companions(folder: Path) -> dict[str, bytes]:
+    values = read_json(folder / "config.json")
+>>>>>>> main
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
     companions = {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     if (folder / TOKENIZER_NAME).is_file():

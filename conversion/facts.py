@@ -5,7 +5,6 @@ No weight is read. Counts of elements and bytes are exact.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,22 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from grok1.arrays import folder_arrays
+<<<<<<< HEAD
 from grok1.conversion.names import HEAD_NAME, KINDS, SAFETENSORS_LAYOUTS, hub_tensors
+=======
+from grok1.conversion.names import HEAD_NAME, LAYOUTS, GrokSizes, hub_tensors
+>>>>>>> main
 from grok1.conversion.release import release_sizes
 from grok1.conversion.tokenizer import TOKENIZER_NAME, read_sentencepiece
 from grok1.errors import ConversionError
+<<<<<<< HEAD
 from grok1.gguf_files import is_gguf, read_gguf
 from grok1.model_card.card import PICTURE, CardFacts, Group, Memory
+=======
+from grok1.files import read_json
+from grok1.model_card.card import PICTURES, CardFacts, Group, Memory, read_evaluation
+from grok1.model_card.training_run import read_training_run
+>>>>>>> main
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
@@ -96,7 +105,7 @@ def card_facts(
     assert shards is not None
     table = SimpleNamespace(**sizes)
     packing = bits_and_group_size(config.get("quantization_config"))
-    layout, kind_of = _match(folder, table, tensors, packing)
+    layout, kind_of = layout_of(folder, table, tensors, packing)
     groups = _groups(tensors, kind_of, packing)
     by_title = {group.name: group for group in groups}
     tied = bool(config.get("tie_word_embeddings", True))
@@ -123,7 +132,9 @@ def card_facts(
         transformers_version=config.get("transformers_version"),
         tokenizer_pieces=_tokenizer_pieces(folder, layout),
         has_code=(folder / "modeling_grok1.py").is_file(),
-        has_picture=(folder / PICTURE).is_file(),
+        picture=next((name for name in PICTURES if (folder / name).is_file()), None),
+        evaluation=read_evaluation(folder),
+        training=read_training_run(folder),
     )
 
 
@@ -144,14 +155,12 @@ def _groups(tensors: Mapping[str, Tensor], kind_of: Mapping[str, str], packing: 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
             next_step="Make one with `grok1 convert CKPT OUT`.",
         ) from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}.")
     return config
 
 
@@ -180,10 +189,19 @@ def _elements(tensor: Tensor, packing: Packed | None) -> int:
     return math.prod(tensor.shape) * (32 // packing[0] if packing and tensor.dtype == "int32" else 1)
 
 
-def _match(
-    folder: Path, table: SimpleNamespace, tensors: Mapping[str, Tensor], packing: Packed | None
+def layout_of(
+    folder: Path, table: GrokSizes, tensors: Mapping[str, Tensor], packing: Packed | None
 ) -> tuple[str, dict[str, str]]:
-    """The layout whose names and shapes are exactly the folder's, and the kind of each tensor."""
+    """The layout whose names and shapes are exactly the folder's, and the kind of each tensor.
+
+    Args:
+        table: the sizes of the model.
+        tensors: every tensor of the folder by its name. The output head may be there or not.
+        packing: bits and group size of a packed folder.
+
+    Raises:
+        ConversionError: there is none; what is missing, left over or of another shape in the nearest layout.
+    """
     found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
     attempts: dict[str, list[str]] = {}
     embedding = KINDS["embedding"].gguf
@@ -209,8 +227,8 @@ def _match(
     wrong = attempts[nearest]
     raise ConversionError(
         f"{folder}: its tensors are not those of a Grok-1 of the sizes in config.json ({nearest} layout):",
-        wrong[:20] + ([f"and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []),
-        "Cards are for folders written by `grok1 convert`, or by `save_pretrained` without bitsandbytes.",
+        wrong,
+        "Complete the folder, or write it again with `grok1 convert`.",
     )
 
 
@@ -252,7 +270,7 @@ def _tokenizer_pieces(path: Path, layout: str) -> int | None:
         # Beside GGUF files, which have the vocabulary themselves, there is no other file of it.
         return len(read_sentencepiece(model).pieces) if layout == "gguf" and model.is_file() else None
     try:
-        return len(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"])
+        return len(read_json(file)["model"]["vocab"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(
             f"{file}: expected a tokenizer with `model.vocab`, found {type(error).__name__}: {error}.",

@@ -19,15 +19,16 @@ class ConversionError(ValueError):
 
     def __init__(self, summary: str, problems: Sequence[str] = (), next_step: str = ""):
         self.summary, self.problems, self.next_step = summary, list(problems), next_step
-        lines = [summary, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
+        shown = (problem.strip().replace("\n", "\\n") for problem in self.problems[:SHOWN])
+        lines = [summary, *(f"  - {problem}" for problem in shown)]
         if len(self.problems) > SHOWN:
             lines.append(f"  - and {len(self.problems) - SHOWN:,} more")
         if next_step:
             lines.append(next_step)
-        super().__init__("\n".join(map(_printable, lines)))
+        super().__init__("\n".join(map(printable, lines)))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text with control characters except line breaks escaped: names may come from untrusted files."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 

@@ -51,6 +51,8 @@ BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 # The dtypes of Grok-1's folders.
 GROK_DTYPES = ("float32", "bfloat16", "int8", "int32", "int64")
 HASH_BLOCK_BYTES = 4 * 2**20
+# The largest JSON file of the release is the tokenizer's, 8 MB.
+MAX_JSON_BYTES = 64 * 2**20
 # Flags of os.open that some systems lack.
 BINARY = getattr(os, "O_BINARY", 0)
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -265,6 +267,53 @@ def update_sums(folder: Path, *names: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Small files that somebody else wrote
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file to read. A named pipe is not waited for.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a device or a loop of links.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("expected a file, found a loop of links") from None
+        if error.errno == errno.ENXIO:
+            raise ValueError("expected a regular file, found a socket or device") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("expected a regular file, found a folder, pipe or device")
+    return open(descriptor, "rb")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file of at most MAX_JSON_BYTES.
+
+    Raises:
+        ValueError: what was expected and found, without the name of the file.
+        OSError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"expected at most {MAX_JSON_BYTES:,} bytes of JSON, found more")
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError("expected a JSON object, found one that is too deep") from None
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object, found something else ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Safetensors headers
 
 
@@ -289,13 +338,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> dict[str, StoredTen
         OSError: the file cannot be read.
     """
     path = Path(path)
-    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file, found something else")
-        size = status.st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"expected a safetensors header in the file, found one of {length} bytes in {size}")
@@ -390,15 +434,15 @@ def read_index(folder: Path) -> dict[str, str]:
         ConversionError: there is neither, or the index is none.
     """
     path = folder / INDEX_NAME
-    if not path.is_file():
-        if (folder / SINGLE_NAME).is_file():
+    if not os.path.lexists(path):
+        if os.path.lexists(folder / SINGLE_NAME):
             return {}
         raise ConversionError(
             f"{folder}: no weights", [f"expected {INDEX_NAME} or {SINGLE_NAME} in {folder}, found neither"]
         )
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        weight_map = read_json(path)["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{path}: expected an index with a weight_map, found none ({error})") from None
     if (
         not isinstance(weight_map, dict)

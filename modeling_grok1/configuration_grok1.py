@@ -49,6 +49,10 @@ MISSTATED = {
     "rope_theta": (10000.0, "xAI's rotary base is 10,000"),
 }
 
+# Far beyond any model. Tools make lists of a config's weights; a wrong file must not make them endless.
+MAX_SIZE = 2**31
+MAX_MATRICES = 100_000
+
 # They belong below `rope_parameters`; older files have them at the top level.
 ROPE_KEYS = ("rope_theta", "rope_type")
 
@@ -103,8 +107,8 @@ class GrokConfig(PreTrainedConfig):
         output_multiplier_scale (`float`): factor on the logits, 1/sqrt(3) in the release.
         rope_parameters (`dict`): rotary embedding, `{"rope_type": "default", "rope_theta": 10000.0}` in the release.
         router_aux_loss_coef (`float`): weight of the load-balancing loss where `output_router_logits` asks for it.
-        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe,
-            load_presharded_moe: written for other engines; only the value that xAI's code has is accepted.
+        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe, load_presharded_moe:
+            written for other engines; only the value that xAI's code has is accepted.
 
     Raises:
         ValueError: a value of the wrong type, an unsupported one, or values that contradict each other; the message
@@ -228,7 +232,16 @@ class GrokConfig(PreTrainedConfig):
             value = getattr(self, key)
             if value is None or not (math.isfinite(value) and value > 0):
                 problems.append(f"`{key}`: expected a positive number, found {value!r}")
+            elif value >= MAX_SIZE:
+                problems.append(f"`{key}`: expected a number below {MAX_SIZE}, found {value!r}")
         if not problems:
+            # Before anything makes a list of them.
+            matrices = self.num_hidden_layers * (3 * self.num_experts + 9)
+            if matrices > MAX_MATRICES:
+                problems.append(
+                    f"`num_hidden_layers`, `num_experts`: expected at most {MAX_MATRICES} weight matrices, found "
+                    f"{self.num_hidden_layers} layers of {self.num_experts} experts"
+                )
             if self.num_attention_heads % self.num_key_value_heads != 0:
                 problems.append(
                     f"`num_attention_heads`: expected a multiple of `num_key_value_heads` "

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from grok1.cli.options import check_local
+
 
 EXAMPLES = """
 grok1 inspect grok-1
@@ -20,7 +22,11 @@ def inspect_command(
     source: Annotated[
         Path,
         typer.Argument(
+<<<<<<< HEAD
             help="The checkpoint: the folder with its files, or the one above; or a GGUF file.", exists=True
+=======
+            metavar="CKPT", help="Folder with tensor00000_000 ..., or the one above it.", callback=check_local
+>>>>>>> main
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
