@@ -49,27 +49,17 @@ from grok1.conversion.xai.checkpoint import check_unchanged
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
 from grok1.files import (
-<<<<<<< HEAD
     BLOCK_BYTES,
     PARTIAL_SUFFIX,
     FileState,
     Progress,
     array_bytes,
-=======
-    ITEMSIZE,
-    PARTIAL_SUFFIX,
-    FileState,
-    Progress,
     read_json,
->>>>>>> main
     sync_folder,
     unwritable,
     write_file,
 )
-<<<<<<< HEAD
 from grok1.gguf_files import dequantized, gguf_arrays, is_gguf, read_gguf
-=======
->>>>>>> main
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
@@ -285,7 +275,6 @@ class _Plan:
 
 
 def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
-<<<<<<< HEAD
     packing = None
     if is_gguf(folder):
         model = read_gguf(folder)
@@ -296,13 +285,8 @@ def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
             found[HEAD_NAME] = found.pop("output.weight")
     else:
         config = read_config(folder / "config.json")
-        packing = bits_and_group_size(json.loads((folder / "config.json").read_bytes()).get("quantization_config"))
+        packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
         found = folder_arrays(folder)
-=======
-    config = read_config(folder / "config.json")
-    packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
-    found = folder_arrays(folder)
->>>>>>> main
     states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
     files, head, problems = _plan_files(found, config, packing, scale_blocks)
     problems = _model_problems(config) + problems
@@ -631,28 +615,15 @@ def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tenso
 def _float_pieces(file: _File) -> Iterator[np.ndarray]:
     """The float32 bytes of an embedding, norm or router. Raises _UnfitError if they are not finite."""
     (array,) = file.weights
-<<<<<<< HEAD
-    if file.blocks:
-        for start, stop in _row_blocks(array):
-            yield _block_rows(file, 0, start, stop).numpy()
-    elif len(array.shape) == 1:
-        yield _float_rows(array, 0, array.shape[0]).numpy()
-    elif file.entry.kind.transposed:
-        yield transpose(_float_rows(array, 0, array.shape[0])).numpy()
-    else:
-        for start, stop in _row_blocks(array):
-            yield _float_rows(array, start, stop).numpy()
-=======
-    whole = len(array.shape) == 1 or file.entry.kind.transposed
+    whole = not file.blocks and (len(array.shape) == 1 or file.entry.kind.transposed)
     for start, stop in [(0, array.shape[0])] if whole else _row_blocks(array):
-        rows = _float_rows(array, start, stop)
+        rows = _block_rows(file, 0, start, stop) if file.blocks else _float_rows(array, start, stop)
         if not rows.isfinite().all():
             raise _UnfitError(
                 f"{array.file}: cannot be exported",
                 [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
             )
         yield (transpose(rows) if file.entry.kind.transposed else rows).numpy()
->>>>>>> main
 
 
 def _block_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tensor:
@@ -686,14 +657,9 @@ def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
     return []
 
 
-<<<<<<< HEAD
 def _companions(folder: Path, config: GrokConfig) -> dict[str, bytes]:
     path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config.to_dict()
-=======
-def _companions(folder: Path) -> dict[str, bytes]:
-    values = read_json(folder / "config.json")
->>>>>>> main
+    values = read_json(path) if path.is_file() else config.to_dict()
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
     companions = {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     if (folder / TOKENIZER_NAME).is_file():

@@ -12,22 +12,14 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from grok1.arrays import folder_arrays
-<<<<<<< HEAD
-from grok1.conversion.names import HEAD_NAME, KINDS, SAFETENSORS_LAYOUTS, hub_tensors
-=======
-from grok1.conversion.names import HEAD_NAME, LAYOUTS, GrokSizes, hub_tensors
->>>>>>> main
+from grok1.conversion.names import HEAD_NAME, KINDS, SAFETENSORS_LAYOUTS, GrokSizes, hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.conversion.tokenizer import TOKENIZER_NAME, read_sentencepiece
 from grok1.errors import ConversionError
-<<<<<<< HEAD
-from grok1.gguf_files import is_gguf, read_gguf
-from grok1.model_card.card import PICTURE, CardFacts, Group, Memory
-=======
 from grok1.files import read_json
+from grok1.gguf_files import is_gguf, read_gguf
 from grok1.model_card.card import PICTURES, CardFacts, Group, Memory, read_evaluation
 from grok1.model_card.training_run import read_training_run
->>>>>>> main
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
 

@@ -21,12 +21,8 @@ from grok1.conversion.ports import FolderSink
 from grok1.conversion.shards import Shard
 from grok1.conversion.sums import RECORD_NAMES, recorded_sums
 from grok1.errors import ConversionError
-<<<<<<< HEAD
 from grok1.files import INDEX_NAME, SUMS_NAME
-=======
-from grok1.files import INDEX_NAME
 from grok1.model_card.card import name_repository
->>>>>>> main
 
 
 SHARDS = ("model-*.safetensors", "*.gguf")
@@ -77,12 +73,8 @@ class HubSink(FolderSink):
         shards = sorted(path for pattern in SHARDS for path in out.glob(pattern))
         for path in shards:  # an earlier run may have ended between writing and uploading one
             self.shard_finished(path)
-<<<<<<< HEAD
-        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in shards)}
-=======
         name_repository(out, self.repo)
-        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in out.glob(SHARDS))}
->>>>>>> main
+        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in shards)}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
         files = [
             path for path in files if path.name not in self.remote or checksum_problem(path, self.remote[path.name])

@@ -119,28 +119,20 @@ def render_card(facts: CardFacts) -> str:
 
     training = facts.training
     title = "Grok-1" if facts.is_release else f"A {_count(facts.parameters)}-parameter model of Grok-1's architecture"
-<<<<<<< HEAD
-    quantised = [facts.precision] if facts.is_packed or facts.is_gguf else []
-=======
     if training is not None:
         title += ", fine-tuned"
     tags = ["grok-1", "mixture-of-experts", "moe", "base-model" if training is None else "fine-tuned"]
+    tags += [facts.precision] if facts.is_packed or facts.is_gguf else []
     base = training.base_repository if training is not None else None
->>>>>>> main
     data = ModelCardData(
         language="en",
         license="apache-2.0",
         library_name="gguf" if facts.is_gguf else "transformers",
         pipeline_tag="text-generation",
-<<<<<<< HEAD
-        base_model="xai-org/grok-1" if facts.is_release else None,
-        tags=["grok-1", "mixture-of-experts", "moe", "base-model", *quantised],
-=======
         base_model=base or (RELEASE if facts.is_release else None),
         datasets=[training.dataset_id] if training is not None and training.dataset_id else None,
-        tags=[*tags, *([facts.precision] if facts.is_packed else [])],
+        tags=tags,
         **_model_index(title, facts.evaluation),
->>>>>>> main
     )
     template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(

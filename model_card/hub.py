@@ -20,13 +20,9 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from grok1.errors import ConversionError
-<<<<<<< HEAD
 from grok1.files import BLOCK_BYTES, SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
 from grok1.gguf_files import is_gguf, nonfinite_numbers, read_gguf
-=======
-from grok1.files import SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
 from grok1.model_card.card import name_repository
->>>>>>> main
 
 
 if TYPE_CHECKING:
@@ -116,9 +112,10 @@ def check_folder(
 ) -> list[str]:
     """Everything that would make the folder useless or harmful on the hub, one line per problem; none if it is fit.
 
-    Checked are: the index against files and headers, or the headers of one GGUF model; that there are no pickles, links, leftovers or hidden files; that
-    the code is this package's; config, code and tokenizer in a fresh process without this package; that every number
-    of every tensor is finite (read in blocks of 32 MiB, one file per thread) and that every file has its recorded sum.
+    Checked are: the index against files and headers, or the headers of one GGUF model; that there are no pickles,
+    links, leftovers or hidden files; that the code is this package's; config, code and tokenizer in a fresh process
+    without this package, where there is code; that every number of every tensor is finite (read in blocks of 32 MiB,
+    one file per thread) and that every file has its recorded sum.
 
     Args:
         folder: a converted folder.
@@ -234,23 +231,15 @@ def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-<<<<<<< HEAD
         allow_patterns=WEIGHT_PATTERNS,
-=======
-        allow_patterns=[WEIGHTS],
         ignore_patterns=[f"{name}/*" for name in left],
->>>>>>> main
         commit_message="Add the weights of Grok-1",
     )
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-<<<<<<< HEAD
-        ignore_patterns=[*WEIGHT_PATTERNS, f"{CACHE}/*"],
-=======
-        ignore_patterns=[WEIGHTS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
->>>>>>> main
+        ignore_patterns=[*WEIGHT_PATTERNS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
         commit_message="Add index, config, tokenizer, code and model card",
     )
     return commit.commit_url

@@ -40,16 +40,12 @@ def convert_command(
         ),
     ] = "bfloat16",
     layout: Annotated[
-<<<<<<< HEAD
-        str, typer.Option(help="hub, fused (experts of a layer in one tensor), hpcai, keyfan or gguf (for llama.cpp).")
-=======
         str,
         typer.Option(
-            metavar="[hub|fused|hpcai|keyfan]",
-            help="Names of the tensors; fused: the experts of a layer in one tensor.",
+            metavar="[hub|fused|hpcai|keyfan|gguf]",
+            help="Names of the tensors; fused: the experts of a layer in one tensor; gguf: for llama.cpp.",
             autocompletion=lambda: list(LAYOUTS),
         ),
->>>>>>> main
     ] = "hub",
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="config.json; default: the one beside CKPT, or the release's.")
@@ -59,15 +55,12 @@ def convert_command(
     ] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
     max_shard_size: Annotated[
-<<<<<<< HEAD
-        str | None, typer.Option(help="Largest shard, such as 4GiB; default: 5GB, with gguf 50GB.")
-=======
-        str, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB or 4GiB.", callback=check_size)
-    ] = "5GB",
-    group_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32."),
->>>>>>> main
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Largest shard, such as 5GB (the default; with gguf 50GB) or 4GiB.",
+            callback=lambda value: None if value is None else check_size(value),
+        ),
     ] = None,
     group_size: Annotated[
         int | None,

@@ -22,11 +22,9 @@ def inspect_command(
     source: Annotated[
         Path,
         typer.Argument(
-<<<<<<< HEAD
-            help="The checkpoint: the folder with its files, or the one above; or a GGUF file.", exists=True
-=======
-            metavar="CKPT", help="Folder with tensor00000_000 ..., or the one above it.", callback=check_local
->>>>>>> main
+            metavar="CKPT",
+            help="Folder with tensor00000_000 ..., or the one above it; or a GGUF file.",
+            callback=lambda value: value if value.suffix == ".gguf" and value.is_file() else check_local(value),
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

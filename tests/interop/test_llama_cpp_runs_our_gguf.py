@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFReader
 from gguf_names import read_gguf
 from llama_cpp import Llama
-from runtime import Runtime, run_converter
+from runtime import Runtime
 from safetensors.torch import load_file, save_file
 from test_llama_cpp_tokenizes_alike import MARKER, tokenize
 from test_tokenizer_equals_sentencepiece import hard_strings
