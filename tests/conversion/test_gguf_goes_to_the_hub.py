@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub
+from fake_hub import TOKEN, FakeHub
 from random_checkpoint import write_random_checkpoint
 
 from grok1.conversion.convert import convert
@@ -17,7 +17,7 @@ from grok1.model_card.hub import check_folder, push_folder, upload_plan
 
 pytest.importorskip("gguf")
 SOURCE, TARGET = "xai-org/random", "someone/random-gguf"
-SETTINGS = {"layout": "gguf", "dtype": "int8", "max_shard_size": "600KB", "no_tokenizer": True}
+SETTINGS = {"layout": "gguf", "dtype": "int8", "max_shard_size": "300KB", "no_tokenizer": True}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_folder_is_checked_and_pushed_weights_first(hub, local):
     assert check_folder(local) == []
     plan = upload_plan(local)
     assert [upload.is_weight for upload in plan] == sorted((upload.is_weight for upload in plan), reverse=True)
-    push_folder(local, TARGET, token="hf_test")
+    push_folder(local, TARGET, token=TOKEN)
     arrived = {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"}
     assert arrived == sums(local)
     assert all(path.endswith(".gguf") for path in hub.commits(TARGET)[0].paths if path != ".gitattributes")
