@@ -45,6 +45,9 @@ _DTYPES = (
 TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 SAFETENSORS_NAME = {name: code for code, name, _ in _DTYPES}
 ITEMSIZE = {name: size for _, name, size in _DTYPES}
+# The blocks of GGUF: bytes of 32 values with their scale in float16 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+BLOCK_SIZE = 32
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 # The dtypes of Grok-1's folders.
 GROK_DTYPES = ("float32", "bfloat16", "int8", "int32", "int64")
 HASH_BLOCK_BYTES = 4 * 2**20
@@ -56,6 +59,11 @@ NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 # Called with (bytes done, bytes in all), from any thread.
 Progress = Callable[[int, int], None]
+
+
+def array_bytes(dtype: str, numel: int) -> int:
+    """Bytes of so many numbers, of a dtype as torch spells it or of a block type, whose blocks are whole."""
+    return numel // BLOCK_SIZE * BLOCK_BYTES[dtype] if dtype in BLOCK_BYTES else numel * ITEMSIZE[dtype]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,16 @@ EXAMPLES = """
 grok1 verify grok-1
 grok1 verify grok-1-hf
 grok1 verify grok-1-hf --against grok-1
+grok1 verify grok-1-gguf/grok-1-q8_0.gguf --against grok-1
 """
 
 
 def verify_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="xAI's checkpoint, a converted folder, or USER/NAME on the hub.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="xAI's checkpoint, a converted folder, USER/NAME on the hub, or a GGUF file."
+        ),
     ],
     against: Annotated[
         Path | None, typer.Option(metavar="CKPT", help="The checkpoint that FOLDER was converted from.", exists=True)
@@ -41,12 +45,15 @@ def verify_command(
 ) -> None:
     """Check xAI's released files, or a converted folder: by its SHA-256 sums, or against its source, bit by bit."""
     from grok1.downloads import local_folder
+    from grok1.gguf_files import is_gguf
 
-    folder = local_folder(folder, whole=True)
+    folder = folder if is_gguf(folder) else local_folder(folder, whole=True)
     if against is None:
         if config is not None or tokenizer is not None:
             raise typer.BadParameter("--config and --tokenizer go with --against.")
-        if (folder / "config.json").is_file() and not _holds_tensor_files(folder):
+        if folder.suffix == ".gguf":
+            _verify_sums(folder.parent, jobs, as_json)
+        elif (folder / "config.json").is_file() and not _holds_tensor_files(folder):
             _verify_sums(folder, jobs, as_json)
         else:
             _verify_source(folder, jobs, state, as_json)
