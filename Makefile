@@ -104,7 +104,8 @@ $(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.t
 
 ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
 	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore \
-		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[ecosystem.md]"
+		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[ecosystem.md]" \
+		"tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[training.md]"
 
 clean:           ## remove build products and the environment
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache out

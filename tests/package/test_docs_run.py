@@ -1,9 +1,10 @@
 """Every code block of README.md and docs/ runs as it is pasted, or says what hardware it needs and is parsed.
 
-A block below `<!-- needs: ... -->` is only parsed. All others of a page run in its order, in a folder with: `grok-1`
-(a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless the page converts it itself) and
-`text.txt`. Lines of bash that begin with `grok1` run in this process. A block of Python whose first line names a
-script is written to it. docs/ecosystem.md runs where its libraries are: `make ecosystem`.
+A block below `<!-- needs: ... -->` is only parsed, unless it needs the libraries of `make ecosystem` and they are
+here. All others of a page run in its order, in a folder with: `grok-1` (a checkpoint in xAI's format, the demo's),
+`grok-1-hf` (converted from it, unless the page makes it itself), `text.txt` and the repository's `examples`. Lines of
+bash that begin with `grok1` run in this process. A block of Python whose first line names a script is written to it.
+docs/ecosystem.md runs where its libraries are: `make ecosystem`.
 """
 
 import ast
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +72,12 @@ def world(tmp_path_factory) -> Path:
 
 def run_bash(line: str) -> None:
     if not line.startswith("grok1 "):
-        result = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=500)
+        # The commands of the libraries beside this Python.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"} | {"PATH": path}
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=500, env=environment
+        )
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         return
     shown = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
@@ -86,10 +93,17 @@ def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
     found = blocks(page)
     for block in found:
         assert block.language in ("python", "bash", "text"), f"{page.name}:{block.line}: {block.language or 'none'}"
-    runnable = [block for block in found if block.needs is None and block.language in ("python", "bash")]
+    with_libraries = bool(os.environ.get("GROK1_ECOSYSTEM"))
+    runnable = [
+        block
+        for block in found
+        if block.language in ("python", "bash")
+        and (block.needs is None or (with_libraries and "make ecosystem" in block.needs))
+    ]
     shutil.copytree(world / "grok-1", tmp_path / "grok-1")
     shutil.copy(world / "text.txt", tmp_path)
-    if not any(re.search(r"^grok1 convert .*grok-1-hf\b", block.code, re.M) for block in runnable):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    if not any(re.search(r"^grok1 (convert .*|demo --out )grok-1-hf\b", block.code, re.M) for block in runnable):
         shutil.copytree(world / "converted", tmp_path / "grok-1-hf")
     monkeypatch.chdir(tmp_path)
     scope: dict = {"__name__": "__docs__"}
