@@ -17,6 +17,7 @@ from grok1.conversion.release import release_sizes
 from grok1.errors import ConversionError
 from grok1.files import read_json
 from grok1.model_card.card import PICTURE, CardFacts, Group, Memory
+from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
@@ -137,6 +138,11 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
             next_step="Make one with `grok1 convert CKPT OUT`.",
         ) from None
+    if (found := config.get("model_type", GrokConfig.model_type)) != GrokConfig.model_type:
+        raise ConversionError(
+            f"{folder} is not a Grok-1:",
+            [f"config.json: model_type: expected {GrokConfig.model_type!r}, found {str(found)[:80]!r}"],
+        )
     return config
 
 

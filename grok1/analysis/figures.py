@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from grok1.analysis.routing import RoutingStatistics
 from grok1.errors import ConversionError
+from grok1.files import write_file
 
 
 if TYPE_CHECKING:
@@ -149,4 +151,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     undated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if path.suffix not in undated:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(undated)}, found {path.suffix or 'none'}.")
-    figure.savefig(path, metadata=undated[path.suffix])
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], metadata=undated[path.suffix])
+    write_file(path, drawn.getvalue())

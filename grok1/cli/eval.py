@@ -49,7 +49,7 @@ def eval_command(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps(asdict(found), indent=2, allow_nan=False))
         return
     typer.echo(f"precision   {found.precision}, {found.bytes:,} bytes of weights")
     typer.echo(

@@ -53,7 +53,7 @@ def routing_command(
 
         write_file(html, routing_page(statistics, pieces, title))
     if as_json:
-        typer.echo(json.dumps(statistics.to_dict()))
+        typer.echo(json.dumps(statistics.to_dict(), allow_nan=False))
         return
     typer.echo(title)
     typer.echo(load_bars(statistics))
