@@ -2,6 +2,8 @@
 
 import io
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,13 +109,19 @@ def test_the_three_files_replace_older_ones_and_nothing_else_is_left(tmp_path):
     assert (tmp_path / "config.json").read_text() == "old"
 
 
+@cache
+def small_model() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return model_file(Path(folder)).read_bytes()
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4))
 def test_a_damaged_file_is_refused_or_read(tmp_path_factory, changes):
     """Bytes that are replaced, removed or added, wherever: fields then have other types, lengths and numbers."""
     folder = tmp_path_factory.mktemp("damaged")
-    path = model_file(folder) if not SMALL else folder / "tokenizer.model"
-    data = bytearray(SMALL.setdefault("data", path.read_bytes() if path.exists() else b""))
+    path = folder / "tokenizer.model"
+    data = bytearray(small_model())
     for place, removed, added in changes:
         start = int(place * len(data))
         data[start : start + removed] = added
@@ -122,9 +130,6 @@ def test_a_damaged_file_is_refused_or_read(tmp_path_factory, changes):
         convert_tokenizer(path, folder / "out")
     except ConversionError as error:
         assert str(path) in str(error) or "tokenizer" in str(error)
-
-
-SMALL: dict[str, bytes] = {}
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.name)])
