@@ -35,7 +35,7 @@ REQUIREMENTS = [
     "bitsandbytes>=0.50,<0.51; platform_system != 'Darwin'",
     "accelerate>=1.15,<2",
     "huggingface_hub>=2,<3",
-    "httpx2>=2,<3",  # what huggingface_hub speaks HTTP with, and whose errors it passes on
+    "httpx2>=2,<3",  # the HTTP client of huggingface_hub, whose errors it raises
     "numpy>=2,<3",
     "typer>=0.29,<1",
     "rich>=14,<16",

@@ -90,7 +90,7 @@ def step(model: Any, case: str, seed: int) -> tuple[float, int]:
     model.zero_grad(set_to_none=True)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = memory("VmRSS"), time.process_time()
     model(input_ids=ids, labels=ids).loss.backward()
     return time.process_time() - start, memory("VmHWM") - before

@@ -16,7 +16,8 @@ from grok1.conversion.names import HEAD_NAME, LAYOUTS, GrokSizes, hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.errors import ConversionError
 from grok1.files import read_json
-from grok1.model_card.card import PICTURE, CardFacts, Group, Memory
+from grok1.model_card.card import PICTURES, CardFacts, Group, Memory, read_evaluation
+from grok1.model_card.training_run import read_training_run
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
@@ -111,7 +112,9 @@ def card_facts(
         transformers_version=config.get("transformers_version"),
         tokenizer_pieces=_tokenizer_pieces(folder),
         has_code=(folder / "modeling_grok1.py").is_file(),
-        has_picture=(folder / PICTURE).is_file(),
+        picture=next((name for name in PICTURES if (folder / name).is_file()), None),
+        evaluation=read_evaluation(folder),
+        training=read_training_run(folder),
     )
 
 

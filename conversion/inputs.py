@@ -13,7 +13,7 @@ from grok1.conversion.settings import Settings
 from grok1.conversion.tokenizer import TOKENIZER_NAME, check_supported, read_sentencepiece
 from grok1.conversion.xai.checkpoint import examine_folder, list_files, read_tensor_file, resolve_folder
 from grok1.errors import ConversionError
-from grok1.files import read_json
+from grok1.files import INDEX_NAME, SINGLE_NAME, read_json
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -59,6 +59,7 @@ def find_folder(src: str | os.PathLike[str], out: Path, settings: Settings) -> C
     """
     src = Path(src)
     refuse_grok2_folder(src)
+    refuse_converted_folder(src)
     try:
         folder = resolve_folder(src)
         config = find_config(src, folder, settings.config)
@@ -142,6 +143,18 @@ def refuse_grok2(path: Path, values: dict[str, Any]) -> None:
             "Grok-2 runs in SGLang, as https://huggingface.co/xai-org/grok-2 says: python3 -m sglang.launch_server "
             "--model FOLDER --tokenizer-path FOLDER/tokenizer.tok.json --tp 8 --quantization fp8 "
             "--attention-backend triton",
+        )
+
+
+def refuse_converted_folder(folder: Path) -> None:
+    """Raises ConversionError if a folder holds the weights of a converted Grok-1 and no files of xAI."""
+    weights = [name for name in (INDEX_NAME, SINGLE_NAME) if (folder / name).is_file()]
+    if weights and not any(folder.glob("tensor*_000")) and not any(folder.glob("ckpt*/tensor*_000")):
+        raise ConversionError(
+            f"{folder}: expected xAI's files (tensor00000_000, ...), found a folder that is converted already",
+            [f"it has {weights[0]}"],
+            f'Use it as it is: grok1 generate {folder} "The answer to life". For another precision or layout convert '
+            "xAI's files again; `grok1 export-xai FOLDER OUT` writes them from a converted folder.",
         )
 
 

@@ -21,6 +21,7 @@ from grok1.conversion.shards import Shard
 from grok1.conversion.sums import RECORD_NAMES, recorded_sums
 from grok1.errors import ConversionError
 from grok1.files import INDEX_NAME
+from grok1.model_card.card import name_repository
 
 
 SHARDS = "model-*.safetensors"
@@ -67,6 +68,7 @@ class HubSink(FolderSink):
     def folder_finished(self, out: Path) -> None:
         for path in sorted(out.glob(SHARDS)):  # an earlier run may have ended between writing and uploading one
             self.shard_finished(path)
+        name_repository(out, self.repo)
         skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in out.glob(SHARDS))}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
         files = [

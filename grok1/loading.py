@@ -165,14 +165,14 @@ def check_device_map(device_map: Any) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder, without the folder's own code.
 
     Raises:
         ConversionError: a file of the tokenizer is damaged or another kind of file.
     """
     from transformers import AutoTokenizer
 
-    import modeling_grok1  # noqa: F401  (registers the classes)
+    import modeling_grok1  # noqa: F401  (without it Transformers asks whether to run the folder's code)
 
     try:
         return AutoTokenizer.from_pretrained(folder)

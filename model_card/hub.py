@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from grok1.arrays import count_nonfinite
 from grok1.errors import ConversionError
 from grok1.files import SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
+from grok1.model_card.card import name_repository
 
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".
 LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".swp", "~")
 HIDDEN = {".gitattributes", ".gitignore"}
 REQUIRED = ("config.json", "README.md", "LICENSE")
+WRITTEN_BY_CARD = ("README.md", "LICENSE")
+# What transformers.Trainer leaves in its folder and nobody needs to load the model; the first is a pickle.
+TRAINER_FILE, TRAINER_FOLDER = "training_args.bin", re.compile(r"checkpoint-\d+")
 BLOCK = 32 << 20
 # What a machine without the package does with the folder. Prints one line per problem.
 CLEAN_LOAD = """
@@ -73,11 +78,22 @@ class Upload:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """Every file of the folder, sorted, without those in huggingface_hub's `.cache`."""
+    """Every file of the folder, sorted, without huggingface_hub's `.cache` and what is `left_here`."""
+    skipped = {CACHE, *left_here(folder)}
     return sorted(
         file
         for file in Path(folder).rglob("*")
-        if file.relative_to(folder).parts[0] != CACHE and (file.is_symlink() or not file.is_dir())
+        if file.relative_to(folder).parts[0] not in skipped and (file.is_symlink() or not file.is_dir())
+    )
+
+
+def left_here(folder: Path) -> list[str]:
+    """Names in a folder that the Trainer wrote for itself and that are not sent: training_args.bin, checkpoint-N."""
+    return sorted(
+        entry.name
+        for entry in Path(folder).iterdir()
+        if (entry.name == TRAINER_FILE and entry.is_file())
+        or (TRAINER_FOLDER.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink())
     )
 
 
@@ -106,7 +122,11 @@ def check_folder(
     """
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}
-    problems = [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
+    problems = [
+        f"{name}: missing" + (f"; `grok1 card {folder}` writes it" if name in WRITTEN_BY_CARD else "")
+        for name in REQUIRED
+        if not (folder / name).is_file()
+    ]
     try:
         tensors = read_model_folder(folder)
     except ConversionError as error:
@@ -140,7 +160,8 @@ def push_folder(
 
     The weights go first, in commits of their own; then index, config, code and card in one last commit, so that a
     repository with a card is complete. Called again after an interruption, it resumes: what arrived is not sent again.
-    The folder is not checked here (`check_folder`).
+    The name of the repository is put into the commands of the folder's card. The folder is not checked here
+    (`check_folder`).
 
     Args:
         folder: a converted folder.
@@ -167,6 +188,7 @@ def push_folder(
     api = HfApi(token=token, library_name="modeling-grok1")
     try:
         _create(api, repo_id, private, revision)
+        name_repository(folder, repo_id)
         address = _upload(api, folder, repo_id, revision)
         found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
         sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
@@ -200,18 +222,20 @@ def _create(api: HfApi, repo_id: str, private: bool, revision: str | None) -> No
 
 def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str:
     """Uploads the weights, then the rest; returns the address of the last commit."""
+    left = left_here(folder)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
         allow_patterns=[WEIGHTS],
+        ignore_patterns=[f"{name}/*" for name in left],
         commit_message="Add the weights of Grok-1",
     )
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        ignore_patterns=[WEIGHTS, f"{CACHE}/*"],
+        ignore_patterns=[WEIGHTS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
         commit_message="Add index, config, tokenizer, code and model card",
     )
     return commit.commit_url

@@ -107,8 +107,8 @@ class GrokConfig(PreTrainedConfig):
         output_multiplier_scale (`float`): factor on the logits, 1/sqrt(3) in the release.
         rope_parameters (`dict`): rotary embedding, `{"rope_type": "default", "rope_theta": 10000.0}` in the release.
         router_aux_loss_coef (`float`): weight of the load-balancing loss where `output_router_logits` asks for it.
-        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe,
-            load_presharded_moe: written for other engines; only the value that xAI's code has is accepted.
+        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe, load_presharded_moe:
+            written for other engines; only the value that xAI's code has is accepted.
 
     Raises:
         ValueError: a value of the wrong type, an unsupported one, or values that contradict each other; the message

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
+from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_grok1 import GrokConfig
-from .cpu_grok1 import keep_freed_memory, matmul_by_reduction
+from .cpu_grok1 import PLAIN, can_multiply_chosen, chosen_matmul, is_first, keep_freed_memory
 
+
+logger = logging.get_logger(__name__)
 
 # The default of `experts_implementation`; see `default_experts_forward`.
 DEFAULT_EXPERTS = "grok1"
@@ -87,15 +90,47 @@ class Grok1LinearExperts(nn.ModuleList):
     )
     def forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `Grok1Experts.eager_forward`."""
+        sequences = adapted_sequences(self[0])
+        if sequences is not None:
+            return self.mixed_forward(x, experts, gates, sequences)
         all_experts = self.training or hasattr(next(self.parameters()), "ds_id")
         return routed_sum(x, experts, gates, lambda e, rows: self[e](rows), len(self), all_experts)
 
+    def mixed_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, B: int) -> torch.Tensor:  # noqa: N803
+        """
+        The same for a batch whose B sequences have adapters of their own: the linear layers take B rows of tokens, as
+        many in each as the sequence with most of them has, and zeros beside them.
+        """
+        output = torch.zeros_like(x)
+        T = len(x) // B  # noqa: N806
+        for e in experts.unique().tolist():
+            token, slot = torch.where(experts == e)  # ascending
+            sequence = token // T
+            count = sequence.bincount(minlength=B)
+            place = torch.arange(len(token), device=x.device) - (count.cumsum(0) - count)[sequence]
+            rows = x.new_zeros(B, int(count.max()), x.shape[-1])
+            rows[sequence, place] = x[token]
+            y = self[e](rows)[sequence, place] * gates[token, slot, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+
+def adapted_sequences(expert: nn.Module) -> int | None:
+    """The number of sequences for which PEFT was given `adapter_names`, or None. It passes them by a hook."""
+    for module in expert.modules():
+        for hook in module._forward_pre_hooks.values():
+            names = getattr(hook, "keywords", {}).get("adapter_names")
+            if names is not None:
+                return len(names)
+    return None
+
 
 def chosen_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """One row (x: 1 D) on a CPU under torch.compile: reads the chosen matrices in place, at the memory's rate."""
+    """One row (x: 1 D) on a CPU: reads the chosen matrices, floating or quantised, in place, at the memory's rate."""
     chosen = experts[0].clamp(max=self.num_experts - 1)  # k; an expert of another rank has the gate 0
-    y = matmul_by_reduction(x.expand(len(chosen), -1), self.gate_up_proj, chosen)  # k 2F
-    y = matmul_by_reduction(geglu(*y.chunk(2, dim=-1)), self.down_proj, chosen)  # k D
+    scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
+    y = chosen_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen, scales[0])  # k 2F
+    y = chosen_matmul(geglu(*y.chunk(2, dim=-1)), self.down_proj, chosen, scales[1])  # k D
     return gates @ y
 
 
@@ -105,6 +140,36 @@ def can_group(self: Any, x: torch.Tensor) -> bool:
     return x.dtype != torch.float64 and all(width * x.element_size() % 16 == 0 for width in widths)
 
 
+def check_export(model: Any) -> None:
+    """
+    Raises:
+        ValueError: torch.export is about to trace a model whose experts are chosen one by one, which it cannot trace.
+    """
+    if not torch.compiler.is_exporting():
+        return
+    if model.experts_on is not None or model.experts_layout != "fused":
+        raise ValueError(
+            "torch.export cannot trace experts that are chosen one by one: load the model without `experts_layout` "
+            "and `experts_on`, which gives fused experts."
+        )
+    if model.config._experts_implementation == "eager":
+        raise ValueError(
+            "torch.export cannot trace `experts_implementation='eager'`: call "
+            f"`model.set_experts_implementation({DEFAULT_EXPERTS!r})` first, the default."
+        )
+
+
+def grouped_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """`experts_implementation="grouped_mm"`, and `"batched_mm"` in ONNX, which has no grouped product."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        logger.warning_once(
+            "ONNX has no grouped product: the experts are exported as `experts_implementation='batched_mm'`, which "
+            "copies the matrices of the chosen experts for every token."
+        )
+        return ExpertsInterface()["batched_mm"](self, x, experts, gates)
+    return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
+
+
 def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """
     `experts_implementation="grok1"`, the default: Transformers' `"grouped_mm"` where torch has that product, and on a
@@ -112,19 +177,21 @@ def default_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, g
     loop over the chosen experts, `"eager"`.
     """
     on_cpu, one_row = x.device.type == "cpu", x.shape[0] == 1
+    if one_row and all(can_multiply_chosen(x, weight) for weight in (self.gate_up_proj, self.down_proj)):
+        return chosen_experts_forward(self, x, experts, gates)
     if torch.compiler.is_compiling():
-        if on_cpu and one_row and not torch.is_grad_enabled():
-            return chosen_experts_forward(self, x, experts, gates)
-        return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
-    long_prompt = on_cpu and x.shape[0] > GROUPED_ROWS_ON_CPU
+        return grouped_experts_forward(self, x, experts, gates)
+    slow = x.dtype == torch.bfloat16 and not is_first(PLAIN, x.dtype, 2, False, torch.is_grad_enabled())
+    long_prompt = on_cpu and (x.shape[0] > GROUPED_ROWS_ON_CPU or slow)
     if long_prompt:
         keep_freed_memory()
     if long_prompt or (on_cpu and one_row) or not can_group(self, x):
         return self.eager_forward(x, experts, gates)
-    return ExpertsInterface()["grouped_mm"](self, x, experts, gates)
+    return grouped_experts_forward(self, x, experts, gates)
 
 
 # Transformers validates names against the global table; the model dispatches through the local one.
 ExpertsInterface.register(DEFAULT_EXPERTS, default_experts_forward)
 ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
 ALL_EXPERTS_FUNCTIONS[DEFAULT_EXPERTS] = default_experts_forward
+ALL_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_experts_forward

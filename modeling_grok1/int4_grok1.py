@@ -91,6 +91,11 @@ def int4_values(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor
     return unpack(weight, 4), scale
 
 
+def can_int4pack(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether `int4pack_matmul` takes these."""
+    return is_for_cpu(weight) and x.dtype in (torch.bfloat16, torch.float32)
+
+
 def int4pack_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x: S K, bfloat16 or float32, times the transpose of a weight in the order for CPUs -> S N in the dtype of x."""
     groups, N = scale.shape[:2]  # noqa: N806

@@ -14,7 +14,7 @@ INT8PACK_ALIGNMENT = 16
 COPIED_ELEMENTS = 2**20
 
 
-def can_int8pack(x: torch.Tensor, scale: torch.Tensor) -> bool:
+def can_int8pack(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether `int8pack_matmul` takes these rows (S K) and is faster than dequantising."""
     few_rows = x.shape[0] * scale.shape[-1] <= INT8PACK_ROWS
     aligned = x.shape[1] % INT8PACK_ALIGNMENT == 0

@@ -40,11 +40,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
-from .cpu_grok1 import fast_decoding
-from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, geglu, routed_sum, without_autocast
+from .cpu_grok1 import fast_decoding, with_cpu_products
+from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, check_export, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
-from .offloading_grok1 import Grok1OffloadedExperts
+from .offloading_grok1 import Grok1OffloadedExperts, Shapes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -69,8 +69,7 @@ class Grok1Embedding(nn.Embedding):
         return torch.tensor(self.multiplier[self.weight.dtype], dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeds = super().forward(input_ids)
-        return embeds * self.multiplier[embeds.dtype]
+        return super().forward(input_ids) * self.multiplier[self.weight.dtype]
 
 
 class Grok1RMSNorm(nn.Module):
@@ -206,7 +205,7 @@ class Grok1Attention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # Mixture of experts
 # --------------------------------------------------------------------------------------------------------------------
-class Grok1TopKRouter(nn.Module):
+class Grok1TopKRouter(Shapes, nn.Module):
     """softmax over all experts, then the top k, not renormalised; float32 throughout, also under autocast."""
 
     def __init__(self, config: GrokConfig):
@@ -223,7 +222,7 @@ class Grok1TopKRouter(nn.Module):
 
 
 @use_experts_implementation(experts_interface=ALL_EXPERTS_FUNCTIONS)
-class Grok1Experts(nn.Module):
+class Grok1Experts(Shapes, nn.Module):
     """All experts of a layer in two parameters; `experts_implementation` replaces `forward`."""
 
     def __init__(self, config: GrokConfig):
@@ -283,6 +282,7 @@ class Grok1DecoderLayer(GradientCheckpointingLayer):
         self.block_sparse_moe = Grok1SparseMoeBlock(config)
         self.post_moe_norm = Grok1RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @with_cpu_products
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -306,6 +306,8 @@ class Grok1DecoderLayer(GradientCheckpointingLayer):
 
 class Grok1Head(nn.Linear):
     """Hidden states to logits. A class of its own, as bitsandbytes takes every `nn.Linear` and heads stay whole."""
+
+    forward = with_cpu_products(nn.Linear.forward)
 
 
 class Grok1PreTrainedModel(Grok1LoadingMixin, PreTrainedModel):
@@ -371,6 +373,7 @@ class Grok1Model(Grok1PreTrainedModel):
         """`cache` and `past_key_values` are two names of one argument."""
         past_key_values = one_cache(past_key_values, cache, kwargs)
         check_arguments(kwargs)
+        check_export(self)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -470,8 +473,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         )
 
     def _optimize_model_for_decode(self):
-        # Transformers would switch to `batched_mm`, which copies the chosen experts for every token: 2.4 GB per token
-        # and layer at the released size.
+        # Transformers would switch to `batched_mm`, which copies the chosen experts for every token.
         return fast_decoding(self)
 
 

@@ -16,24 +16,35 @@ Letters as in modeling_grok1.py, and
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_grok1 import compiled_row, matmul_by_reduction
-from .experts_grok1 import geglu, routed_sum
-from .int4_grok1 import int4_values, int4pack_matmul, is_for_cpu, order_for_cpu
+from .cpu_grok1 import (
+    FLOAT32,
+    FLOATS,
+    INT4PACK,
+    INT8PACK,
+    PLAIN,
+    ROWS,
+    TILES,
+    can_multiply_chosen,
+    chosen_matmul,
+    level,
+    products,
+)
+from .experts_grok1 import chosen_experts_forward, geglu, routed_sum
+from .int4_grok1 import can_int4pack, int4_values, int4pack_matmul, is_for_cpu, order_for_cpu
 from .int8_grok1 import can_int8pack, int8pack_matmul
+from .kernels_grok1 import can_multiply_rows, can_multiply_tiles, floats, rows_matmul, tiled_matmul
 from .packing_grok1 import merge_scales
 
 
 # Elements that are dequantised at a time: they fit into a core's second-level cache.
 DEQUANTISED_ELEMENTS = 2**20
-# Rows up to which torch's 4-bit product on a CPU is faster than dequantising.
-INT4PACK_ROWS = 32
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -48,12 +59,20 @@ def outputs_and_inputs(weight: torch.Tensor) -> tuple[int, int]:
 
 def form_for_device(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and its scales in the form that the fastest products on their device read. On a CPU that is the fewest
-    scales for int8, and torch's own order for 4 bits."""
+    scales for int8; 4 bits stay as they are for the kernels, and without them are in torch's own order."""
     if weight.device.type != "cpu":
         return weight, scale
     if weight.dtype == torch.int8:
         return weight, merge_scales(scale)
-    return (weight, scale) if is_for_cpu(weight) else order_for_cpu(weight, scale)
+    if is_for_cpu(weight) or (level().kernels and rows_are_whole(weight, scale)):
+        return weight, scale
+    return order_for_cpu(weight, scale)
+
+
+def rows_are_whole(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the kernels take rows of this packed weight."""
+    x = torch.empty(1, outputs_and_inputs(weight)[1], dtype=torch.bfloat16)
+    return can_multiply_rows(x, weight, scale)
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -65,8 +84,16 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     return product.to(dtype)
 
 
+def floats_by_kernel(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `dequantise`, in one pass where there is a kernel for it."""
+    x = torch.empty(1, outputs_and_inputs(weight)[1], dtype=dtype, device=weight.device)
+    if weight.device.type == "cpu" and level().kernels and can_multiply_tiles(x, weight, scale):
+        return floats(weight, scale, dtype)
+    return dequantise(weight, scale, dtype)
+
+
 def dequantised_parts(
-    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, convert: Callable = dequantise
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some outputs at a time: which, and their part of the dequantised weight, n K."""
     N, K = outputs_and_inputs(weight)  # noqa: N806
@@ -75,18 +102,46 @@ def dequantised_parts(
     for start in range(0, N // block, blocks):
         outputs = slice(start * block, (start + blocks) * block)
         part = scale[:, outputs] if is_for_cpu(weight) else scale[outputs]
-        yield outputs, dequantise(weight[start : start + blocks], part, dtype)
+        yield outputs, convert(weight[start : start + blocks], part, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Products. `plain_matmul` is the reference; each fast one is tested against it.
 # --------------------------------------------------------------------------------------------------------------------
-def plain_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def plain_matmul(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, convert: Callable = dequantise
+) -> torch.Tensor:
     """x: S K times the transpose of the dequantised weight -> S N in the dtype of x."""
     y = x.new_empty(x.shape[0], outputs_and_inputs(weight)[0])
-    for outputs, floats in dequantised_parts(weight, scale, x.dtype):
-        y[:, outputs] = F.linear(x, floats)
+    for outputs, part in dequantised_parts(weight, scale, x.dtype, convert):
+        y[:, outputs] = F.linear(x, part)
     return y
+
+
+def floats_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As `plain_matmul`, dequantised by the kernel."""
+    return plain_matmul(x, weight, scale, floats_by_kernel)
+
+
+def float32_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As `plain_matmul`, in float32."""
+    return plain_matmul(x.float(), weight, scale).to(x.dtype)
+
+
+def is_bfloat16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+# The products of cpu_grok1.TABLE: which rows and weights each takes, and its function.
+CPU_PRODUCTS: dict[str, tuple[Callable[..., bool], Callable[..., torch.Tensor]]] = {
+    ROWS: (can_multiply_rows, rows_matmul),
+    TILES: (can_multiply_tiles, tiled_matmul),
+    FLOATS: (is_bfloat16, floats_matmul),
+    INT8PACK: (can_int8pack, int8pack_matmul),
+    INT4PACK: (can_int4pack, int4pack_matmul),
+    FLOAT32: (is_bfloat16, float32_matmul),
+    PLAIN: (lambda *tensors: True, plain_matmul),
+}
 
 
 @functools.cache
@@ -106,11 +161,11 @@ def quantised_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
     if x.is_cuda and not is_for_cpu(weight) and (matmul := triton_matmul()) is not None:
         offsets = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
         return matmul(x, weight[None], scale[None], offsets)
-    if is_for_cpu(weight) and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32):
-        if x.shape[0] <= INT4PACK_ROWS:
-            return int4pack_matmul(x, weight, scale)
-    elif weight.dtype == torch.int8 and can_int8pack(x, scale):
-        return int8pack_matmul(x, weight, scale)
+    if x.device.type == "cpu":
+        for product in products(level(), weight.dtype, x.shape[0], False):
+            takes, matmul = CPU_PRODUCTS[product]
+            if takes(x, weight, scale):
+                return matmul(x, weight, scale)
     return plain_matmul(x, weight, scale)
 
 
@@ -126,8 +181,10 @@ class FrozenMatmul(torch.autograd.Function):
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         grad_x = grad.new_zeros(grad.shape[0], outputs_and_inputs(weight)[1], dtype=torch.float32)
-        for outputs, floats in dequantised_parts(weight, scale, grad.dtype):
-            grad_x += grad[:, outputs] @ floats
+        slow = grad.device.type == "cpu" and grad.dtype == torch.bfloat16 and not level().bfloat16
+        outer = grad.float() if slow else grad
+        for outputs, part in dequantised_parts(weight, scale, outer.dtype, floats_by_kernel):
+            grad_x += outer[:, outputs] @ part
         return grad_x.to(grad.dtype), None, None
 
 
@@ -207,8 +264,8 @@ class QuantizedLinear(nn.Linear):
         weight, scale = self.weight, self.weight_scale
         if torch.is_grad_enabled() and x.requires_grad:
             y = FrozenMatmul.apply(rows, weight, scale)
-        elif compiled_row(rows) and weight.dtype == torch.int8:
-            y = matmul_by_reduction(rows, weight[None], torch.zeros(1, dtype=torch.long), scale[None])
+        elif rows.shape[0] == 1 and can_multiply_chosen(rows, weight[None], scale[None]):
+            y = chosen_matmul(rows, weight[None], torch.zeros(1, dtype=torch.long), scale[None])
         elif torch.compiler.is_compiling():
             offsets = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = torch.ops.grok1.quantised_grouped_matmul(rows, weight[None], scale[None], offsets)
@@ -256,8 +313,9 @@ class QuantizedExperts(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return self.trainable_forward(x, experts, gates)
-        if compiled_row(x) and self.bits == 8:
-            return self.chosen_experts_forward(x, experts, gates)
+        pairs = ((self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale))
+        if x.shape[0] == 1 and all(can_multiply_chosen(x, *pair) for pair in pairs):
+            return chosen_experts_forward(self, x, experts, gates)
         N, k = experts.shape  # noqa: N806
         chosen, order = experts.flatten().sort(stable=True)  # S = N*k
         counts = (chosen[:, None] == torch.arange(self.num_experts, device=x.device)).sum(dim=0)
@@ -267,13 +325,6 @@ class QuantizedExperts(nn.Module):
         y = matmul(geglu(*y.chunk(2, dim=-1)), self.down_proj, self.down_proj_scale, offsets)  # S D
         y = y * gates.flatten()[order, None]
         return torch.empty_like(y).index_copy_(0, order, y).view(N, k, -1).sum(dim=1)
-
-    def chosen_experts_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """As `forward` for one row (x: 1 D) on a CPU under torch.compile: reads the chosen matrices in place."""
-        chosen = experts[0].clamp(max=self.num_experts - 1)  # k
-        y = matmul_by_reduction(x.expand(len(chosen), -1), self.gate_up_proj, chosen, self.gate_up_proj_scale)  # k 2F
-        y = geglu(*y.chunk(2, dim=-1))
-        return gates @ matmul_by_reduction(y, self.down_proj, chosen, self.down_proj_scale)
 
     def trainable_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """As `forward`, one expert at a time, with a gradient for x and gates."""

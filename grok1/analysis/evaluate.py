@@ -134,7 +134,7 @@ def evaluate(
         precision: as in `loading_options`.
         context: tokens of a window.
         device_map: as in `from_pretrained`.
-        progress: called with (tokens done, total tokens) after each window.
+        progress: called with (tokens done, total tokens) after each window, for one model after the other.
 
     Raises:
         ConversionError: the folder is damaged, as in `grok1.loading.check_folder`, or the loss is not finite.
@@ -143,20 +143,12 @@ def evaluate(
     """
     check_device_map(device_map)
     pieces = text_windows(folder, text, against, context)
-    total = sum(len(piece) for piece in pieces) * (1 if against is None else 2)
-    done = 0
-
-    def step(here: int, _: int) -> None:
-        if progress is not None:
-            progress(done + here, total)
-
     expected = None
     if against is not None:
-        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, step)
-        done = total // 2
+        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, progress)
     model = load_model(folder, precision, device_map=device_map)
     start = time.perf_counter()
-    nats, top1 = score(model, pieces, step)
+    nats, top1 = score(model, pieces, progress)
     seconds = time.perf_counter() - start
     mean = nats / len(top1)
     if not mean < math.log(sys.float_info.max):  # NaN is not below either

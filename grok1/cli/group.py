@@ -12,6 +12,7 @@ from grok1.cli.commands import COMMANDS
 from grok1.errors import printable
 
 
+CHOSEN = "grok1.command"  # key of a context's meta
 DONE, FOUND_WRONG, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -40,14 +41,16 @@ class CommandGroup(TyperGroup):
         return [*COMMANDS, *self.commands]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        ctx.meta[CHOSEN] = cmd_name
         return COMMANDS[cmd_name].load() if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            # A command whose work can be resumed says so in the exception.
-            report("Interrupted", error, "" if str(error) else "No unfinished file has its final name.")
+            # A command that knows more than its entry in the table says so in the exception.
+            command = COMMANDS.get(ctx.meta.get(CHOSEN, ""))
+            report("Interrupted", error if str(error) or command is None else KeyboardInterrupt(command.interrupted))
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, TyperException, BrokenPipeError):
             raise

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from grok1.cli.options import check_local
 from grok1.errors import problem_lines
 
 
@@ -19,7 +20,10 @@ grok1 inspect grok-1 --json
 
 def inspect_command(
     source: Annotated[
-        Path, typer.Argument(help="The checkpoint: the folder with its files, or the one above.", exists=True)
+        Path,
+        typer.Argument(
+            metavar="CKPT", help="Folder with tensor00000_000 ..., or the one above it.", callback=check_local
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -43,6 +43,7 @@ def serve_command(
     from rich.console import Console
 
     from grok1.cli.progress import starting
+    from grok1.downloads import local_folder
     from grok1.serving.start import Settings, check_settings, listen_on, start
 
     sizes: dict[str, Any] = {
@@ -54,7 +55,7 @@ def serve_command(
     }
     placement = {"experts_on": experts_on, "expert_cache": expert_cache}
     settings = Settings(
-        folder=folder,
+        folder=local_folder(folder),
         chat_template=chat_template,
         precision=precision,
         model_kwargs={name: value for name, value in placement.items() if value is not None},

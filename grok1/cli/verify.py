@@ -20,23 +20,31 @@ grok1 verify grok-1-hf --against grok-1
 
 
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="xAI's checkpoint, or a converted folder.", exists=True)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="xAI's checkpoint, a converted folder, or USER/NAME on the hub.")
+    ],
     against: Annotated[
-        Path | None, typer.Option(help="The checkpoint that FOLDER was converted from.", exists=True)
+        Path | None, typer.Option(metavar="CKPT", help="The checkpoint that FOLDER was converted from.", exists=True)
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Files at once; default: one per core.", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Files at once; default: one per core.", min=1)] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Where to record checked files; default: a hidden file in FOLDER.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to record checked files; default: a hidden file in FOLDER."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="With --against: the config that the conversion was given.", exists=True)
+        Path | None,
+        typer.Option(metavar="FILE", help="With --against: the config that the conversion was given.", exists=True),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="With --against: the tokenizer that the conversion was given.", exists=True)
+        Path | None,
+        typer.Option(metavar="FILE", help="With --against: the tokenizer that the conversion was given.", exists=True),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check xAI's released files, or a converted folder: by its SHA-256 sums, or against its source, bit by bit."""
+    from grok1.downloads import local_folder
+
+    folder = local_folder(folder, whole=True)
     if against is None:
         if config is not None or tokenizer is not None:
             raise typer.BadParameter("--config and --tokenizer go with --against.")
@@ -120,3 +128,4 @@ def _verify_output(
         console.print(f"{folder}: {len(problems)} problems", style="red")
         raise typer.Exit(1)
     console.print(f"{folder}: every tensor is bit-identical to a conversion of {against}")
+    console.print(f"Next: grok1 push {folder} USER/NAME --dry-run")

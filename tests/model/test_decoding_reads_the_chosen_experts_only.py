@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from modeling_grok1 import Grok1ForCausalLM
-from modeling_grok1.cpu_grok1 import ONEDNN, fast_decoding, matmul_by_reduction, matmul_of_few_rows
+from modeling_grok1 import Grok1ForCausalLM, cpu_grok1
+from modeling_grok1.cpu_grok1 import ONEDNN, Level, fast_decoding, matmul_by_reduction, matmul_of_few_rows
 from modeling_grok1.experts_grok1 import DEFAULT_EXPERTS
 from modeling_grok1.modeling_grok1 import Grok1Experts
 
@@ -170,10 +170,16 @@ def test_fast_decoding_gives_the_tokens_of_plain_decoding(model):
     torch.testing.assert_close(fast_logits, logits, rtol=0, atol=1e-6)  # scores of attention are float32
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A machine without a C compiler: a step then takes torch's own product of one row."""
+    monkeypatch.setattr(cpu_grok1, "level", lambda: Level(bfloat16=True, kernels=False))
+
+
 @pytest.mark.parametrize(
     ("dtype", "batch", "off"), [("bfloat16", 1, True), ("bfloat16", 2, False), ("float32", 1, False)]
 )
-def test_onednn_is_switched_once_in_a_loop(model, dtype, batch, off, monkeypatch):
+def test_onednn_is_switched_once_in_a_loop(without_kernels, model, dtype, batch, off, monkeypatch):
     model = model.to(getattr(torch, dtype))
     turns = []
 
@@ -187,7 +193,7 @@ def test_onednn_is_switched_once_in_a_loop(model, dtype, batch, off, monkeypatch
     assert torch.backends.mkldnn.enabled
 
 
-def test_onednn_is_put_back_after_an_exception(monkeypatch):
+def test_onednn_is_put_back_after_an_exception(without_kernels, monkeypatch):
     weight, row = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(1, 1, 8, dtype=torch.bfloat16)
     for before in (False, True):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
@@ -198,7 +204,7 @@ def test_onednn_is_put_back_after_an_exception(monkeypatch):
         assert torch.backends.mkldnn.enabled is before
 
 
-def test_threads_that_overlap_leave_onednn_as_it_was():
+def test_threads_that_overlap_leave_onednn_as_it_was(without_kernels):
     entered, leave = threading.Event(), threading.Event()
     weight, row = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(1, 1, 8, dtype=torch.bfloat16)
 

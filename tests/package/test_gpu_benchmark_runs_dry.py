@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.slow  # more than a minute on two busy cores
-
-
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"

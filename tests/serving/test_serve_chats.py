@@ -17,7 +17,7 @@ from grok1.serving.server import build_app
 
 
 TRANSFORMERS = (sys.executable, "-c", "from transformers.cli.transformers import main; main()")
-# The words of all turns, one after the other: the demo knows how they go on.
+# The contents of all turns, joined: the demo knows the continuation.
 TEMPLATE = """{%- for message in messages -%}
     {%- if message.role == "system" -%}{{- raise_exception("No system message, please.") -}}{%- endif -%}
     {{- message.content -}}

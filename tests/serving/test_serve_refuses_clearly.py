@@ -1,4 +1,4 @@
-"""What `grok1 serve` cannot do is one sentence with a status of the 400s, and the server goes on serving."""
+"""What `grok1 serve` cannot do is one sentence with a status of the 400s, and the server keeps serving."""
 
 import json
 
@@ -35,7 +35,7 @@ def address(batched, folder):
 
 @pytest.fixture
 def client(address):
-    """Asks for a completion afterwards: whatever was refused, the server goes on."""
+    """Asks for a completion afterwards: after a refusal the server still answers."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     yield client
     recital = recitals()[5]
