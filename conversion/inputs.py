@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from grok1.conversion.settings import Settings
 from grok1.conversion.tokenizer import TOKENIZER_NAME, check_supported, read_sentencepiece
 from grok1.conversion.xai.checkpoint import examine_folder, list_files, read_tensor_file, resolve_folder
 from grok1.errors import ConversionError
-from grok1.files import INDEX_NAME, SINGLE_NAME
+from grok1.files import INDEX_NAME, SINGLE_NAME, read_json
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -116,9 +115,7 @@ def beside(src: Path, folder: Path, name: str) -> list[Path]:
 def read_config(path: Path) -> GrokConfig:
     """The config in a file. Raises ConversionError if it is not that of a Grok-1."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, found {type(values).__name__}")
+        values = read_json(path)
         refuse_grok2(path, values)
         model_type = values.get("model_type", GrokConfig.model_type)
         if model_type != GrokConfig.model_type:
@@ -128,7 +125,7 @@ def read_config(path: Path) -> GrokConfig:
         return GrokConfig(**values)
     except ConversionError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [f"{path.name}: {error}"]) from None
 
 
@@ -165,11 +162,10 @@ def refuse_grok2_folder(folder: Path) -> None:
     """Raises ConversionError if the config.json in a folder is that of Grok-2. Other problems are not reported."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path)
+    except (OSError, ValueError):
         return
-    if isinstance(values, dict):
-        refuse_grok2(path, values)
+    refuse_grok2(path, values)
 
 
 def find_tokenizer(candidates: list[Path], settings: Settings, vocab_size: int) -> tuple[Path | None, list[str]]:

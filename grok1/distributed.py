@@ -21,10 +21,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.distributed import DistributedConfig
 
-from grok1.loading import check_weights
+from grok1.loading import check_folder, load_tokenizer
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=args.timeout))
     first = dist.get_rank() == 0
 
-    check_weights(args.folder)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    check_folder(args.folder)
+    tokenizer = load_tokenizer(args.folder)
     model = Grok1ForCausalLM.from_pretrained(
         args.folder,
         dtype=args.dtype,
@@ -71,7 +71,7 @@ def main() -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    model.generate(  # type: ignore[misc]
+    model.generate(
         **inputs,
         **sampling,
         max_new_tokens=args.max_new_tokens,

@@ -89,7 +89,7 @@ def _download(repository: str, patterns: list[str] | None) -> Path:
     try:
         if not constants.HF_HUB_OFFLINE:
             files = snapshot_download(repository, allow_patterns=patterns, dry_run=True)
-            needed = sum(file.file_size for file in files if file.will_download)
+            needed = sum(file.file_size or 0 for file in files if file.will_download)
             _announce(repository, needed, Path(constants.HF_HUB_CACHE))
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except ConversionError:

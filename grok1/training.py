@@ -2,6 +2,7 @@
 """transformers.Trainer with the balance of the experts in its logs."""
 
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Grok1Trainer(Trainer):
         base = str(getattr(self.model, "name_or_path", "") or "")
         info = getattr(self.train_dataset, "info", None)
         dataset_id = getattr(info, "dataset_name", None)
-        examples = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        examples = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
         dataset = dataset_id or ("not named" if examples is None else f"{examples:,} examples, not named")
         return {
             # Only the last part of a local path.

@@ -544,7 +544,7 @@ class Grok1LoadingMixin:
             ]
         return result
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict: dict | None = None, *args, **kwargs):
         """
         As in Transformers. `lm_head.weight` is written although it is tied: some engines never tie.
 
@@ -563,8 +563,12 @@ class Grok1LoadingMixin:
         if self.experts_layout == LINEAR and not isinstance(getattr(self, "hf_quantizer", None), Grok1Quantizer):
             # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-        copy_mlx_file(self, save_directory)
+        if not is_main_process and hasattr(next(self.parameters()), "ds_id"):  # type: ignore[attr-defined]
+            # This rank writes nothing, and holds the parts that ZeRO-3 left it, which no conversion can revert.
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            copy_mlx_file(self, save_directory)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""

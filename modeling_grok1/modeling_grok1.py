@@ -44,7 +44,7 @@ from .cpu_grok1 import fast_decoding, with_cpu_products
 from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, FusedWeight, Grok1LinearExperts, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
-from .offloading_grok1 import Grok1OffloadedExperts
+from .offloading_grok1 import Grok1OffloadedExperts, Shapes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Grok1Attention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # Mixture of experts
 # --------------------------------------------------------------------------------------------------------------------
-class Grok1TopKRouter(nn.Module):
+class Grok1TopKRouter(Shapes, nn.Module):
     """softmax over all experts, then the top k, not renormalised; float32 throughout, also under autocast."""
 
     def __init__(self, config: GrokConfig):
@@ -222,7 +222,7 @@ class Grok1TopKRouter(nn.Module):
 
 
 @use_experts_implementation(experts_interface=ALL_EXPERTS_FUNCTIONS)
-class Grok1Experts(nn.Module):
+class Grok1Experts(Shapes, nn.Module):
     """All experts of a layer in two parameters; `experts_implementation` replaces `forward`."""
 
     def __init__(self, config: GrokConfig):

@@ -75,6 +75,7 @@ COMMANDS = {
         Command("serve", RUN, "the server has stopped."),
         Command("eval", RUN, WHOLE),
         Command("routing", RUN, WHOLE),
+        Command("curves", RUN, WHOLE),
         Command("card", SHARE, WHOLE),
         Command("push", SHARE, "what was committed to the repository stays: run the same command again to resume."),
     )

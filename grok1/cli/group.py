@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from grok1.cli.commands import COMMANDS
+from grok1.errors import printable
 
 
 CHOSEN = "grok1.command"  # key of a context's meta
@@ -20,7 +21,7 @@ def report(kind: str, error: BaseException, advice: str = "") -> None:
     from rich.console import Console
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    message = str(error).strip()
+    message = printable(str(error).strip())
     console.print(f"{kind}: {message}" if message else f"{kind}.", style="red")
     if advice:
         console.print(advice)

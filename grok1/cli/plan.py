@@ -75,7 +75,7 @@ def plan_command(
     from grok1.sizing.hardware import GB, Gpus
     from grok1.sizing.plan import make_plan, suggestions
     from grok1.sizing.request import Request
-    from modeling_grok1.offloading_grok1 import parse_size
+    from modeling_grok1.sizes_grok1 import parse_size
 
     assert gpus is not None
     hardware = Gpus.parse(gpus)

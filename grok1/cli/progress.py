@@ -38,7 +38,8 @@ def _progress(description: str, *columns: object) -> Iterator[Report]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    lock, bars = threading.Lock(), []
+    lock = threading.Lock()
+    bars: list[Progress] = []
 
     def report(done: int, total: int) -> None:
         if not console.is_terminal:

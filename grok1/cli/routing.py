@@ -12,7 +12,7 @@ from grok1.cli.options import AsJson, ConvertedFolder, DeviceMap, LoadingPrecisi
 
 
 EXAMPLES = """
-grok1 routing grok-1-hf --text text.txt --out routing.png
+grok1 routing grok-1-hf --text text.txt --out routing.png --out routing.svg
 grok1 routing grok-1-hf --text text.txt --html routing.html --tokens 512
 """
 
@@ -22,7 +22,9 @@ def routing_command(
     text: Annotated[
         Path, typer.Option(metavar="FILE", help="Text file (UTF-8) to route.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Figure to write (.png, .svg or .pdf).")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Figure to write (.png, .svg or .pdf); repeat for more.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Page to write, every token coloured by its expert.")
     ] = None,
@@ -38,14 +40,15 @@ def routing_command(
     from grok1.files import write_file
 
     with starting("torch and Transformers"):
-        from transformers import AutoTokenizer
+        import transformers  # noqa: F401
 
         from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
-        from grok1.loading import check_weights, load_model
+        from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 
     folder = local_folder(folder)
-    check_weights(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_folder(folder)
+    check_device_map(device_map)
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :tokens]
     if ids.shape[1] == 0:
         raise ValueError(f"{text}: expected text, found an empty file.")
@@ -54,16 +57,18 @@ def routing_command(
     statistics = RoutingStatistics.join([routing_statistics(model, row) for row in rows])
     pieces = [readable(piece) for piece in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
     title = f"{text.name}: {ids.shape[1]:,} tokens through {len(statistics.experts)} layers"
-    if out is not None:
+    if out:
         from grok1.analysis.figures import routing_figure, save_figure
 
-        save_figure(routing_figure(statistics, pieces[:passage], title), out)
+        figure = routing_figure(statistics, pieces[:passage], title)
+        for path in out:
+            save_figure(figure, path)
     if html is not None:
         from grok1.analysis.page import routing_page
 
         write_file(html, routing_page(statistics, pieces, title))
     if as_json:
-        typer.echo(json.dumps(statistics.to_dict()))
+        typer.echo(json.dumps(statistics.to_dict(), allow_nan=False))
         return
-    typer.echo(title)
+    typer.echo(f"{title}. Expert load by layer:")
     typer.echo(load_bars(statistics))

@@ -7,9 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import AutoTokenizer
 
-from grok1.loading import load_model
+from grok1.loading import load_model, load_tokenizer
 from grok1.precision import AUTO
 from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
@@ -75,7 +74,7 @@ class ServedModel:
 
 def served_tokenizer(folder: Path, chat_template: Path | None) -> Any:
     """The folder's tokenizer, made for continuations, with another chat template where one is given."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = load_tokenizer(folder)
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         try:

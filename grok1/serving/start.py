@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
-from grok1.loading import check_weights
+from grok1.loading import check_device_map, check_folder
 from modeling_grok1.sizes_grok1 import parse_size
 
 
@@ -57,8 +57,7 @@ def check_settings(settings: Settings) -> None:
     missing = [name for name in ("starlette", "uvicorn", "pydantic") if find_spec(name) is None]
     if missing:
         raise ImportError(f"The server needs {', '.join(missing)}: `pip install 'modeling-grok1[serve]'`.")
-    files = [settings.folder / name for name in ("config.json", "tokenizer.json")]
-    problems = [f"{path}: not there" for path in files if not path.is_file()]
+    problems = []
     if settings.sizes and not settings.continuous_batching:
         problems.append("--cb-...: has no effect without --continuous-batching")
     try:
@@ -66,8 +65,9 @@ def check_settings(settings: Settings) -> None:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise ConversionError("Cannot serve.", problems, "`grok1 convert CKPT OUT` makes a folder.")
-    check_weights(settings.folder)
+        raise ConversionError("Cannot serve.", problems)
+    check_folder(settings.folder)
+    check_device_map(settings.device_map)
 
 
 def listen_on(host: str, port: int) -> socket.socket:

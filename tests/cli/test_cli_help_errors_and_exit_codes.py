@@ -25,7 +25,7 @@ from grok1.errors import ConversionError
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = (
     *("demo", "convert", "inspect", "verify", "tokenizer", "adopt", "export-xai"),
-    *("plan", "generate", "serve", "eval", "routing"),
+    *("plan", "generate", "serve", "eval", "routing", "curves"),
     *("card", "push"),
 )
 GROK1 = (sys.executable, "-m", "grok1")

@@ -24,7 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+
+from packed_folders import unpacked_weights
 
 from grok1.conversion.convert import convert
 from grok1.conversion.names import checkpoint_entries
@@ -59,28 +63,10 @@ def write_demo(out: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2))
 
 
-def unpacked(folder: Path, bits: int) -> dict[str, torch.Tensor]:
-    """The weights of a packed folder in float64, by the definition of its format: scale times value, where the words
-    hold value + 2^(bits-1), the first in the lowest bits."""
-    stored = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-    weights = {}
-    for name, tensor in stored.items():
-        path = name.removesuffix(".weight_packed")
-        if path != name:
-            words = tensor.long().unsqueeze(-1) >> (bits * torch.arange(32 // bits))
-            values = (words & (2**bits - 1)).flatten(-2) - 2 ** (bits - 1)
-            scale = stored[f"{path}.weight_scale"].double()
-            grouped = values.unflatten(-1, (scale.shape[-1], -1))
-            weights[f"{path}.weight"] = (grouped * scale.unsqueeze(-1)).flatten(-2)
-        elif name.endswith(".weight"):
-            weights[name] = tensor.double()
-    return weights
-
-
 def write_int4_reference(out: Path) -> None:
     config = GrokConfig.from_pretrained(out / "demo")
     model = Grok1ForCausalLM(config, experts_layout="linear").double().eval()
-    missing, unexpected = model.load_state_dict(unpacked(out / "demo-int4-g32", bits=4), strict=False)
+    missing, unexpected = model.load_state_dict(unpacked_weights(out / "demo-int4-g32", bits=4), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
     tokens = torch.randint(3, config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -18,7 +18,7 @@ RANKS = {
 RANKS["both"] = RANKS["tensor"] | RANKS["pipeline"]
 
 
-@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", pytest.param("both", marks=pytest.mark.slow)])
 def test_ranks(kind, known, references):
     """Heads of 128, as in the release; chunks of 64 tokens."""
     with engine("wide-float32", max_model_len=256, max_num_batched_tokens=64, max_num_seqs=8, **RANKS[kind]) as llm:

@@ -46,4 +46,5 @@ def test_offline(known, monkeypatch):
 def test_through_the_server(server, known):
     """`--model local-completions`"""
     arguments = {"model": "grok-1-demo", "base_url": f"{server}/completions", "num_concurrent": 8}
-    check(scores("local-completions", {**arguments, "tokenizer": str(DATA / "demo-float32")}), known["scores"])
+    arguments |= {"tokenizer": str(DATA / "demo-float32"), "trust_remote_code": True}
+    check(scores("local-completions", arguments), known["scores"])
