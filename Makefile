@@ -60,7 +60,14 @@ bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shap
 bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+	$(MAKE) bench-cpu
 	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
+
+.PHONY: bench-cpu
+bench-cpu: $(VENV)/.installed  ## decoding, prompts and training beside llama.cpp, as the processor is and as AVX2
+	$(BIN)/python tests/interop/environment.py
+	$(BIN)/python tests/interop/environment.py avx2
+	$(BIN)/python benchmarks/bench_cpu.py --out benchmarks/CPU.md
 
 gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at most eight minutes: out/gpu/report.md
 	$(BIN)/python benchmarks/gpu.py --out out/gpu
@@ -114,8 +121,9 @@ $(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.t
 
 # In a process of its own: what nnsight adds to every object breaks torch.onnx.
 NNSIGHT = test_nnsight_traces_equal_hooks.py
+TRAINING = tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order_in_an_empty_folder[training.md]
 ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
-	for part in "tests/ecosystem --ignore tests/ecosystem/$(NNSIGHT)" tests/ecosystem/$(NNSIGHT); do \
+	for part in "$(TRAINING) tests/ecosystem --ignore tests/ecosystem/$(NNSIGHT)" tests/ecosystem/$(NNSIGHT); do \
 		GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" \
 			$(ECOSYSTEM)/bin/python -m pytest -W ignore $$part || exit 1; \
 	done
