@@ -17,6 +17,7 @@ DTYPES, LAYOUTS = ("bfloat16", "float32", "int8", "int4"), ("hub", "fused", "hpc
 EXAMPLES = """
 grok1 convert grok-1 grok-1-hf
 grok1 convert grok-1 grok-1-int8 --dtype int8
+grok1 convert grok-1 grok-1-gguf --layout gguf --dtype int8
 grok1 convert grok-1 grok-1-hf --dry-run
 grok1 convert hf://xai-org/grok-1 grok-1-hf --discard-source --push-to USER/grok-1-hf --discard-output
 """
@@ -41,8 +42,8 @@ def convert_command(
     layout: Annotated[
         str,
         typer.Option(
-            metavar="[hub|fused|hpcai|keyfan]",
-            help="Names of the tensors; fused: the experts of a layer in one tensor.",
+            metavar="[hub|fused|hpcai|keyfan|gguf]",
+            help="Names of the tensors; fused: the experts of a layer in one tensor; gguf: for llama.cpp.",
             autocompletion=lambda: list(LAYOUTS),
         ),
     ] = "hub",
@@ -54,12 +55,27 @@ def convert_command(
     ] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB or 4GiB.", callback=check_size)
-    ] = "5GB",
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Largest shard, such as 5GB (the default; with gguf 50GB) or 4GiB.",
+            callback=lambda value: None if value is None else check_size(value),
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32."),
+        typer.Option(help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32; gguf has 32."),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="With gguf: the embedding in float32 (the default with int8 and int4; the release: 3.2 GB), bfloat16 "
+            "(1.6 GB) or q8_0 (0.9 GB, quantised)."
+        ),
+    ] = None,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="With gguf: round scales that float16 does not hold.")
+    ] = False,
     discard_source: Annotated[
         bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
     ] = False,
@@ -106,6 +122,8 @@ def convert_command(
         no_tokenizer=no_tokenizer,
         max_shard_size=max_shard_size,
         group_size=group_size,
+        embedding=embedding,
+        round_scales=round_scales,
         discard_source=discard_source,
         scratch=scratch,
         push_to=push_to,

@@ -68,7 +68,7 @@ def test_facts_are_those_of_the_stored_tensors(folders, name):
     assert (facts.layout, facts.precision) == (layout, dtype)
     assert facts.weight_bytes == sum(t.nbytes for t in tensors.values())
     files = list(folders[name].glob("*.safetensors"))
-    assert facts.shards == len(files) and facts.shard_bytes == sum(file.stat().st_size for file in files)
+    assert len(facts.shards) == len(files) and facts.shard_bytes == sum(file.stat().st_size for file in files)
     assert sum(group.tensors for group in facts.groups) == len(tensors)
     assert sum(group.nbytes for group in facts.groups) == facts.weight_bytes
     groups = {group.name: group for group in facts.groups}
