@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class BlockStream:
         # Pages that are never touched take no memory.
         self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
-    def __enter__(self) -> BlockStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
