@@ -20,6 +20,7 @@ from grok1.files import read_json
 from grok1.gguf_files import is_gguf, read_gguf
 from grok1.model_card.card import PICTURES, CardFacts, Group, Memory, read_evaluation
 from grok1.model_card.training_run import read_training_run
+from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
@@ -153,6 +154,11 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
             next_step="Make one with `grok1 convert CKPT OUT`.",
         ) from None
+    if (found := config.get("model_type", GrokConfig.model_type)) != GrokConfig.model_type:
+        raise ConversionError(
+            f"{folder} is not a Grok-1:",
+            [f"config.json: model_type: expected {GrokConfig.model_type!r}, found {str(found)[:80]!r}"],
+        )
     return config
 
 

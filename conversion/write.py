@@ -47,6 +47,9 @@ def run(plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | 
             plan = dataclasses.replace(plan, finished=finished)
             for shard in plan.shards:
                 (plan.out / f"{shard.name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+                # An earlier run may have ended between writing, sending and removing it.
+                if shard.name in finished and (plan.out / shard.name).is_file():
+                    sink.shard_finished(plan.out / shard.name)
             with ShardWriter(plan, source, sink, jobs, progress) as writer:
                 writer.write()
             write_companions(plan)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from grok1.cli.options import check_local
+from grok1.errors import problem_lines
 
 
 EXAMPLES = """
@@ -53,8 +54,8 @@ def inspect_command(
     what = "the released checkpoint" if found.is_release else "not the release"
     console.print(f"{found.folder}: {what}, {found.layers} layers")
     console.print(f"{found.readable} of {found.expected} files are sound, {found.nbytes:,} bytes")
-    for line in found.problems:
-        console.print(f"  - {line}")
+    for line in problem_lines(found.problems):
+        console.print(line)
     if found.missing:
         console.print(f"{len(found.missing)} files are missing: {_ranges(found.missing)}")
     if not found.is_whole:
