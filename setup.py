@@ -35,16 +35,20 @@ REQUIREMENTS = [
     "bitsandbytes>=0.50,<0.51; platform_system != 'Darwin'",
     "accelerate>=1.15,<2",
     "huggingface_hub>=2,<3",
-    "httpx2>=2,<3",  # what huggingface_hub speaks HTTP with, and whose errors it passes on
+    "httpx2>=2,<3",  # the HTTP client of huggingface_hub, whose errors it raises
     "numpy>=2,<3",
     "typer>=0.29,<1",
     "rich>=14,<16",
     "jinja2>=3.1,<4",
 ]
 
-SERVE = ["transformers[serving]>=5.21,<6", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "openai>=3.52,<4"]
+SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1", "pydantic>=2.14,<3"]
+
+# The files of llama.cpp; numpy, tqdm, requests and pyyaml are all that it needs.
+GGUF = ["gguf>=0.19,<0.20"]
 
 EXTRAS = {
+    "gguf": GGUF,
     "peft": ["peft>=0.21,<0.22"],
     "plot": ["matplotlib>=3.10,<4"],
     "serve": SERVE,
@@ -56,6 +60,9 @@ EXTRAS = {
         "matplotlib>=3.10,<4",
         "triton>=3.7,<4; platform_system == 'Linux'",
         *SERVE,
+        *GGUF,
+        "transformers[serving]>=5.21,<6",
+        "openai>=3.52,<4",
     ],
     "check": ["ruff==0.17.5", "mypy==2.4.1", "import-linter==2.17"],
 }

@@ -17,7 +17,7 @@ CLOCK = time.process_time if sys.argv[4:] == ["cpu"] else time.perf_counter
 
 
 def silent(level, text, data):
-    """The log of the runtime would be mixed with the answers."""
+    """Discards the runtime's log, which would be mixed with the answers."""
 
 
 class Session:

@@ -1,13 +1,13 @@
-"""Decode, prefill, loading and import, against the limit of the machine and against others: `make bench`.
+"""Decode, prefill, loading and import time, compared with the machine's limits and other engines: `make bench`.
 
     python benchmarks/bench_speed.py [--rounds N] [--threads N] [--llama PYTHON CONVERTER] [--out FILE]
 
-A Grok-1 of about 1.1 billion parameters with random weights, on the CPU. Its rivals have the same sizes: Mixtral as
-Transformers has it (each experts implementation, plain and compiled), llama.cpp on the same weights, and the way in
-which xAI's JAX code computes (dequantise, run all experts on every token, combine by one-hot), rewritten here. Each
-model lies in a process of its own, idle between questions. In each round every contestant runs once, one after the
-other, in every second round from the last to the first; a ratio is taken inside a round, and its median and range over
-the rounds are printed. Run it on a machine that does nothing else: it needs 16 GB of memory and 8 GB of disk.
+A Grok-1 of about 1.1 billion parameters with random weights, on the CPU, is compared with models of the same sizes:
+Transformers' Mixtral (each experts implementation, plain and compiled), llama.cpp on the same weights, and the method
+of xAI's JAX code (dequantise, run all experts on every token, combine by one-hot), reimplemented here. Each has a
+process of its own, idle between requests. In each round every candidate runs once, in reverse order in every second
+round; ratios are taken within a round, and their median and range over the rounds are printed. Run it on an idle
+machine with 16 GB of memory and 8 GB of disk.
 """
 
 import argparse
@@ -60,7 +60,7 @@ CLOCK = time.perf_counter
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Contestants: two functions each, seconds of one decode step and seconds of one prompt
+# Candidates: two functions each, seconds of one decode step and seconds of one prompt
 # --------------------------------------------------------------------------------------------------------------------
 def tokens(count: int, seed: int) -> torch.Tensor:
     """1 count"""
@@ -115,7 +115,7 @@ def experts_implementation(model: nn.Module, name: str):
 
 @contextmanager
 def as_jax():
-    """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix picks."""
+    """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix selects."""
 
     def linear(self, x):
         return nn.functional.linear(x, dequantise(self.weight, self.weight_scale, x.dtype))
@@ -149,7 +149,7 @@ class Racer:
 
 
 def contestants(kind: str, folder: Path) -> dict[str, Callable[[int], float]]:
-    """The contestants of one model: a name and "decode" or "prefill" to the seconds with a seed."""
+    """The candidates of one model: a name and "decode" or "prefill" to the seconds with a seed."""
     if kind == "mixtral":
         torch.manual_seed(0)
         config = MixtralConfig(**SIZES, num_local_experts=8, sliding_window=None, tie_word_embeddings=True)
@@ -188,7 +188,7 @@ def contestants(kind: str, folder: Path) -> dict[str, Callable[[int], float]]:
 
 
 def answer(kind: str, folder: Path) -> None:
-    """The process of one model: prints the names of its contestants, then answers lines `NAME SEED`."""
+    """The process of one model: prints the names of its candidates, then answers lines `NAME SEED`."""
     runs = contestants(kind, folder)
     print(json.dumps(list(runs)), flush=True)
     for line in sys.stdin:
@@ -197,10 +197,10 @@ def answer(kind: str, folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The machine, and what a token needs of it
+# Limits of the machine, and the work of one token
 # --------------------------------------------------------------------------------------------------------------------
 def read_bandwidth() -> float:
-    """Bytes a second of summing 1 GiB."""
+    """Bytes per second when summing 1 GiB."""
     memory = torch.ones(2**27, dtype=torch.int64)
     seconds = []
     for _ in range(5):
@@ -211,7 +211,7 @@ def read_bandwidth() -> float:
 
 
 def matrix_rate() -> float:
-    """bfloat16 FLOP a second of the model's own largest product with 2048 rows."""
+    """bfloat16 FLOP/s of the model's own largest product with 2048 rows."""
     D, F = SIZES["hidden_size"], 2 * SIZES["intermediate_size"]  # noqa: N806
     x, weight = torch.randn(2048, D).bfloat16(), torch.randn(F, D).bfloat16()
     seconds = []

@@ -12,6 +12,7 @@ interpreter: it proves that the command works, and its figures mean nothing.
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -38,13 +39,13 @@ PARTS = {
     "speed of bf16": ("fast", "speed_of_bf16", 45),
     "speed of int8": ("fast", "speed_of_int8", 60),
     "speed of int4": ("fast", "speed_of_int4", 60),
-    "tiles of decoding, int8": ("tuned", "decoding_int8", 50),
-    "tiles of decoding, int4": ("tuned", "decoding_int4", 50),
+    "tiles of decoding, int8": ("tuned", "decoding_int8", 40),
+    "tiles of decoding, int4": ("tuned", "decoding_int4", 40),
     "experts": ("correct", "experts", 30),
-    "attention": ("correct", "attention", 40),
-    "generation": ("correct", "generation", 60),
-    "tiles of prompts, int8": ("tuned", "prompts_int8", 35),
-    "tiles of prompts, int4": ("tuned", "prompts_int4", 35),
+    "attention": ("correct", "attention", 60),
+    "generation": ("correct", "generation", 90),
+    "tiles of prompts, int8": ("tuned", "prompts_int8", 30),
+    "tiles of prompts, int4": ("tuned", "prompts_int4", 30),
     "training": ("correct", "training", 30),
     "placement": ("correct", "placement", 30),
     "speed of mixtral": ("fast", "speed_of_mixtral", 30),
@@ -68,11 +69,11 @@ def about_this_machine(dry: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    for name in ("triton", "flash_attn", "bitsandbytes", "torchao", "peft"):
+    for name in ("triton", "flash_attn", "bitsandbytes", "torchao", "kernels", "peft"):
         try:
-            about[name] = importlib.import_module(name).__version__
-        except Exception as error:
-            about[name] = f"none ({type(error).__name__})"
+            about[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            about[name] = "not installed"
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         about |= {
@@ -240,7 +241,8 @@ class Parent:
             if self.worker is None:
                 self.start_worker()
             assert self.worker is not None
-            seconds = min(self.arguments.part_limit or PARTS[name][2], self.end - time.monotonic())
+            own = PARTS[name][2] * (3 if self.arguments.dry else 1)  # a dry run may share its processor
+            seconds = min(self.arguments.part_limit or own, self.end - time.monotonic())
             known = {result["name"]: result["value"] for result in self.results if "value" in result}
             deadline = time.monotonic() + seconds
             self.worker.ask({"part": name, "seconds": seconds, "known": known})

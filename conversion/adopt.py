@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from grok1.arrays import RawArray
+from grok1.arrays import RawArray, count_nonfinite
 from grok1.conversion.companions import write_companions
 from grok1.conversion.finished import finished, is_finished
 from grok1.conversion.inputs import refuse_grok2
@@ -34,12 +34,13 @@ from grok1.conversion.shards import Shard, plan_shards
 from grok1.conversion.sums import record_sum
 from grok1.conversion.tokenizer import TOKENIZER_NAME
 from grok1.conversion.write import AGAIN, finish_file
-from grok1.errors import ConversionError
+from grok1.errors import CheckpointError, ConversionError
 from grok1.files import (
     BINARY,
     PARTIAL_SUFFIX,
     FileState,
     Progress,
+    read_json,
     read_safetensors_header,
     sha256_of,
     unwritable,
@@ -107,7 +108,7 @@ def adopt(
     Raises:
         ConversionError: the folder is not a complete Grok-1 (every missing, unknown or mis-shaped tensor is listed),
             or `out` is in use or full.
-        CheckpointError: a file of the folder changed while it was read.
+        CheckpointError: a file of the folder changed while it was read, or a weight in it is not finite.
     """
     folder, out = Path(folder), Path(out)
     plan, weights = _plan(folder, out, Settings(max_shard_size=max_shard_size))
@@ -144,7 +145,7 @@ def _plan(folder: Path, out: Path, settings: Settings) -> tuple[Plan, Folder]:
         dtype = "bfloat16"
     shards = plan_shards(hub_tensors(config, "hub", dtype).values(), settings.max_shard_bytes)
     problems += _mismatches(shards, weights.tensors)
-    written = written_config(config, dtype, settings.inputs_per_scale)
+    written = written_config(config, dtype, "hub", settings.inputs_per_scale)
     tokenizer = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_file() else None
     record = {
         "settings": {
@@ -167,16 +168,16 @@ def _plan(folder: Path, out: Path, settings: Settings) -> tuple[Plan, Folder]:
 def _read_config(folder: Path) -> GrokConfig:
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, found {type(values).__name__}")
+        values = read_json(path)
         refuse_grok2(path, values)
+        if (found := values.get("model_type")) not in (None, GrokConfig.model_type):
+            raise ValueError(f"model_type: expected {GrokConfig.model_type!r} or none, found {found!r}")
         for key in ("architectures", "auto_map", "quantization_config"):
             values.pop(key, None)
         return GrokConfig.from_dict(values)
     except ConversionError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [str(error)]) from None
 
 
@@ -303,6 +304,12 @@ def _write_shard(path: Path, shard: Shard, weights: Folder) -> Iterator[int]:
             step = max(1, BLOCK_BYTES // row_bytes)
             for start in range(0, tensor.shape[0], step):
                 stored = source.read_rows((), start, min(start + step, tensor.shape[0]))
+                if bad := count_nonfinite(stored, source.dtype):
+                    raise CheckpointError(
+                        f"{source.file}: cannot be adopted",
+                        [f"{tensor.name}: expected finite weights, found {bad} that are NaN or infinite"],
+                        "Fetch the file again.",
+                    )
                 data = as_bytes(as_tensor(stored, source.dtype).to(TORCH_DTYPE[tensor.dtype]).contiguous())
                 write_at(descriptor, data, shard.offsets[tensor.name] + start * row_bytes)
                 written += len(data)

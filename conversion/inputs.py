@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from grok1.conversion.settings import Settings
 from grok1.conversion.tokenizer import TOKENIZER_NAME, check_supported, read_sentencepiece
 from grok1.conversion.xai.checkpoint import examine_folder, list_files, read_tensor_file, resolve_folder
 from grok1.errors import ConversionError
+from grok1.files import INDEX_NAME, SINGLE_NAME, read_json
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -59,6 +59,7 @@ def find_folder(src: str | os.PathLike[str], out: Path, settings: Settings) -> C
     """
     src = Path(src)
     refuse_grok2_folder(src)
+    refuse_converted_folder(src)
     try:
         folder = resolve_folder(src)
         config = find_config(src, folder, settings.config)
@@ -114,9 +115,7 @@ def beside(src: Path, folder: Path, name: str) -> list[Path]:
 def read_config(path: Path) -> GrokConfig:
     """The config in a file. Raises ConversionError if it is not that of a Grok-1."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, found {type(values).__name__}")
+        values = read_json(path)
         refuse_grok2(path, values)
         model_type = values.get("model_type", GrokConfig.model_type)
         if model_type != GrokConfig.model_type:
@@ -126,7 +125,7 @@ def read_config(path: Path) -> GrokConfig:
         return GrokConfig(**values)
     except ConversionError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ConversionError(f"{path}: not the config of a Grok-1", [f"{path.name}: {error}"]) from None
 
 
@@ -147,15 +146,26 @@ def refuse_grok2(path: Path, values: dict[str, Any]) -> None:
         )
 
 
+def refuse_converted_folder(folder: Path) -> None:
+    """Raises ConversionError if a folder holds the weights of a converted Grok-1 and no files of xAI."""
+    weights = [name for name in (INDEX_NAME, SINGLE_NAME) if (folder / name).is_file()]
+    if weights and not any(folder.glob("tensor*_000")) and not any(folder.glob("ckpt*/tensor*_000")):
+        raise ConversionError(
+            f"{folder}: expected xAI's files (tensor00000_000, ...), found a folder that is converted already",
+            [f"it has {weights[0]}"],
+            f'Use it as it is: grok1 generate {folder} "The answer to life". For another precision or layout convert '
+            "xAI's files again; `grok1 export-xai FOLDER OUT` writes them from a converted folder.",
+        )
+
+
 def refuse_grok2_folder(folder: Path) -> None:
     """Raises ConversionError if the config.json in a folder is that of Grok-2. Other problems are not reported."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path)
+    except (OSError, ValueError):
         return
-    if isinstance(values, dict):
-        refuse_grok2(path, values)
+    refuse_grok2(path, values)
 
 
 def find_tokenizer(candidates: list[Path], settings: Settings, vocab_size: int) -> tuple[Path | None, list[str]]:

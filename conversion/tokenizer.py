@@ -29,13 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grok1.errors import ConversionError
-from grok1.files import update_sums, write_file
+from grok1.files import open_regular, update_sums, write_file
 
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.decoders import Decoder
 
 
+MAX_MODEL_BYTES = 64 * 2**20  # the release's has 2 MB
 TOKENIZER_NAME = "tokenizer.model"
 SPACE = "\u2581"
 SPECIAL_IDS = {"pad_token": 0, "bos_token": 1, "eos_token": 2, "unk_token": 3}
@@ -80,9 +82,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     import sentencepiece
 
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        with open_regular(path) as file:
+            data = file.read(MAX_MODEL_BYTES)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     refusal = ConversionError(
         f"{path}: expected a SentencePiece model, found {len(data)} bytes that are not one.",
         next_step="Download tokenizer.model again from https://github.com/xai-org/grok-1.",
@@ -90,9 +93,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
         model = _parse_model(data)
-    except (RuntimeError, ValueError, LookupError, struct.error) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, struct.error) as error:
         raise refusal from error
-    if not model.pieces:
+    numbers = [model.model_type, *(piece.type for piece in model.pieces)]
+    if not (model.pieces and all(isinstance(number, int) for number in numbers)):
+        raise refusal
+    if not all(isinstance(charsmap, bytes) for charsmap in (model.charsmap, model.denormalizer_charsmap)):
         raise refusal
     return model
 
@@ -208,7 +214,7 @@ def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> T
     Raises:
         ConversionError: the vocabulary has normal pieces that the merges cannot make.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
     unk_token = model.pieces[SPECIAL_IDS["unk_token"]].text
@@ -247,12 +253,49 @@ def build_tokenizer(model: SentencePieceModel, continuations: bool = False) -> T
             *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits),
         ]
     )
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps if continuations else [*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = build_decoder(continuations)
     tokenizer.add_special_tokens(
         [AddedToken(model.pieces[i].text, special=True, normalized=False) for i in SPECIAL_IDS.values()]
     )
     return tokenizer
+
+
+def build_decoder(continuations: bool) -> Decoder:
+    """The decoder at the top of this module."""
+    from tokenizers import decoders
+
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps if continuations else [*steps, decoders.Strip(" ", 1, 0)])
+
+
+def change_decoder(folder: Path, *, continuations: bool) -> None:
+    """Replace the decoder in the tokenizer.json of a folder, and its sum if the folder has sums.
+
+    Everything else stays: added tokens, a chat template, and the ids.
+
+    Args:
+        folder: a converted folder, or one that `convert_tokenizer` wrote.
+        continuations: see `convert_tokenizer`.
+
+    Raises:
+        ConversionError: there is no tokenizer.json, or it has another decoder than those of `build_decoder`.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(folder) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no class of its own
+        raise ConversionError(f"{file}: expected a tokenizer, found none ({error}).") from error
+    known = [build_decoder(choice).__getstate__() for choice in (True, False)]
+    if tokenizer.decoder is None or tokenizer.decoder.__getstate__() not in known:
+        raise ConversionError(
+            f"{file}: expected the decoder of a converted Grok-1, found {tokenizer.decoder}.",
+            next_step=f"Write the tokenizer again: grok1 tokenizer TOKENIZER.MODEL {folder}",
+        )
+    tokenizer.decoder = build_decoder(continuations)
+    write_file(file, tokenizer.to_str().encode())
+    update_sums(Path(folder), file.name)
 
 
 def convert_tokenizer(
@@ -285,7 +328,7 @@ def convert_tokenizer(
         "backend": "tokenizers",
         "add_bos_token": False,
         "add_eos_token": False,
-        "add_prefix_space": True,  # says what tokenizer.json does; it is not read
+        "add_prefix_space": True,  # says what tokenizer.json does; Transformers does not read it
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",

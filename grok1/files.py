@@ -45,9 +45,14 @@ _DTYPES = (
 TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 SAFETENSORS_NAME = {name: code for code, name, _ in _DTYPES}
 ITEMSIZE = {name: size for _, name, size in _DTYPES}
+# The blocks of GGUF: bytes of 32 values with their scale in float16 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+BLOCK_SIZE = 32
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 # The dtypes of Grok-1's folders.
 GROK_DTYPES = ("float32", "bfloat16", "int8", "int32", "int64")
 HASH_BLOCK_BYTES = 4 * 2**20
+# The largest JSON file of the release is the tokenizer's, 8 MB.
+MAX_JSON_BYTES = 64 * 2**20
 # Flags of os.open that some systems lack.
 BINARY = getattr(os, "O_BINARY", 0)
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -56,16 +61,24 @@ NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 Progress = Callable[[int, int], None]
 
 
+def array_bytes(dtype: str, numel: int) -> int:
+    """Bytes of so many numbers, of a dtype as torch spells it or of a block type, whose blocks are whole."""
+    return numel // BLOCK_SIZE * BLOCK_BYTES[dtype] if dtype in BLOCK_BYTES else numel * ITEMSIZE[dtype]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends: complete, on the disk, or not at all.
 
     The bytes go to a temporary name in the same folder (`PARTIAL_SUFFIX`), are synchronised and renamed. A file that
     is there is replaced. If the block raises, the temporary file is removed and `path` is as it was.
+
+    Args:
+        needed: bytes that will be written, for the message on a full disk.
 
     Raises:
         ConversionError: the folder cannot be written or the disk is full. Other errors of the block are passed on.
@@ -75,7 +88,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         file: BinaryIO = partial.open("wb")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, needed=needed) from error
     try:
         with file:
             yield file
@@ -87,25 +100,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the first error says more
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-            raise unwritable(path, error) from error
+            raise unwritable(path, error, needed=needed) from error
         raise
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a small file at once (`atomic_write`); text as UTF-8 with line feeds."""
-    with atomic_write(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with atomic_write(path, len(data)) as file:
+        file.write(data)
 
 
 WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 def unwritable(
-    place: str | os.PathLike[str], error: OSError, next_step: str = "Run the command again."
+    place: str | os.PathLike[str],
+    error: OSError,
+    next_step: str = "Run the command again.",
+    needed: int | None = None,
 ) -> ConversionError:
     """The error for a file or folder that cannot be written, with the free space where the disk is full."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         free = f"{free_bytes(Path(place)):,} bytes are free there"
+        free = free if needed is None else f"{needed:,} bytes are needed, {free}"
         return ConversionError(f"{place}: the disk is full", [f"{error}; {free}"], f"Free some space. {next_step}")
     return ConversionError(f"{place}: cannot be written", [str(error)], next_step)
 
@@ -257,6 +275,53 @@ def update_sums(folder: Path, *names: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Small files that somebody else wrote
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file to read. A named pipe is not waited for.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a device or a loop of links.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("expected a file, found a loop of links") from None
+        if error.errno == errno.ENXIO:
+            raise ValueError("expected a regular file, found a socket or device") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("expected a regular file, found a folder, pipe or device")
+    return open(descriptor, "rb")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file of at most MAX_JSON_BYTES.
+
+    Raises:
+        ValueError: what was expected and found, without the name of the file.
+        OSError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"expected at most {MAX_JSON_BYTES:,} bytes of JSON, found more")
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError("expected a JSON object, found one that is too deep") from None
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object, found something else ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Safetensors headers
 
 
@@ -281,13 +346,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> dict[str, StoredTen
         OSError: the file cannot be read.
     """
     path = Path(path)
-    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | NONBLOCK | BINARY)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file, found something else")
-        size = status.st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"expected a safetensors header in the file, found one of {length} bytes in {size}")
@@ -382,15 +442,15 @@ def read_index(folder: Path) -> dict[str, str]:
         ConversionError: there is neither, or the index is none.
     """
     path = folder / INDEX_NAME
-    if not path.is_file():
-        if (folder / SINGLE_NAME).is_file():
+    if not os.path.lexists(path):
+        if os.path.lexists(folder / SINGLE_NAME):
             return {}
         raise ConversionError(
             f"{folder}: no weights", [f"expected {INDEX_NAME} or {SINGLE_NAME} in {folder}, found neither"]
         )
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        weight_map = read_json(path)["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{path}: expected an index with a weight_map, found none ({error})") from None
     if (
         not isinstance(weight_map, dict)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
-from grok1.loading import check_weights, load_model
+from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,6 @@ class Generated:
     seconds: float
 
 
-def folder_problems(folder: Path) -> tuple[list[str], str]:
-    """Files that are missing to generate from a folder, and the command that makes them."""
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    problems = [f"{folder / name}: not there" for name in missing]
-    if missing == ["tokenizer.json"]:
-        return problems, f"`grok1 tokenizer TOKENIZER.MODEL {folder}` writes the tokenizer's files."
-    return problems, "`grok1 convert CKPT OUT` makes a folder from xAI's checkpoint." if missing else ""
-
-
 def generate_text(
     folder: Path, prompt: str, decoding: Decoding, precision: str = "auto", **placement: Any
 ) -> Generated:
@@ -86,21 +77,19 @@ def generate_text(
     Raises:
         ConversionError: files are missing or cut off, options contradict each other, or the text exceeds the context.
     """
-    problems, next_step = folder_problems(folder)
-    problems = decoding.problems() + problems
-    if problems:
-        raise ConversionError("Cannot generate.", problems, next_step)
-    check_weights(folder)
+    if problems := decoding.problems():
+        raise ConversionError("Cannot generate.", problems)
+    config = check_folder(folder)
+    check_device_map(placement.get("device_map"))
 
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    from modeling_grok1 import GrokConfig
     from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    context = GrokConfig.from_pretrained(folder).max_position_embeddings
+    context = config.max_position_embeddings
     if length == 0:
         raise ConversionError("Cannot generate.", ["prompt: expected text, found none"])
     if length + decoding.max_new_tokens > context:

@@ -5,13 +5,14 @@ To add one, add a row to `PRECISIONS`. Importing this module loads neither torch
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from grok1.files import read_json
 
 
 # Bytes of one attention or expert matrix, from its parameter name, output features and input features.
@@ -203,7 +204,7 @@ def stored_precision(folder: str | Path) -> str | None:
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    config = read_json(path).get("quantization_config")
     if config is None:
         return None
     method = str(config.get("quant_method"))

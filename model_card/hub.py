@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from grok1.arrays import count_nonfinite
 from grok1.errors import ConversionError
-from grok1.files import SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
+from grok1.files import BLOCK_BYTES, SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
+from grok1.gguf_files import is_gguf, nonfinite_numbers, read_gguf
+from grok1.model_card.card import name_repository
 
 
 if TYPE_CHECKING:
@@ -29,11 +31,15 @@ if TYPE_CHECKING:
 
 # huggingface_hub keeps its upload and download notes here; it never sends them.
 CACHE = ".cache"
-WEIGHTS = "*.safetensors"
+WEIGHTS = (".safetensors", ".gguf")
+WEIGHT_PATTERNS = [f"*{suffix}" for suffix in WEIGHTS]
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".marshal"}
 LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".swp", "~")
 HIDDEN = {".gitattributes", ".gitignore"}
 REQUIRED = ("config.json", "README.md", "LICENSE")
+WRITTEN_BY_CARD = ("README.md", "LICENSE")
+# What transformers.Trainer leaves in its folder and nobody needs to load the model; the first is a pickle.
+TRAINER_FILE, TRAINER_FOLDER = "training_args.bin", re.compile(r"checkpoint-\d+")
 BLOCK = 32 << 20
 # What a machine without the package does with the folder. Prints one line per problem.
 CLEAN_LOAD = """
@@ -73,18 +79,29 @@ class Upload:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """Every file of the folder, sorted, without those in huggingface_hub's `.cache`."""
+    """Every file of the folder, sorted, without huggingface_hub's `.cache` and what is `left_here`."""
+    skipped = {CACHE, *left_here(folder)}
     return sorted(
         file
         for file in Path(folder).rglob("*")
-        if file.relative_to(folder).parts[0] != CACHE and (file.is_symlink() or not file.is_dir())
+        if file.relative_to(folder).parts[0] not in skipped and (file.is_symlink() or not file.is_dir())
+    )
+
+
+def left_here(folder: Path) -> list[str]:
+    """Names in a folder that the Trainer wrote for itself and that are not sent: training_args.bin, checkpoint-N."""
+    return sorted(
+        entry.name
+        for entry in Path(folder).iterdir()
+        if (entry.name == TRAINER_FILE and entry.is_file())
+        or (TRAINER_FOLDER.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink())
     )
 
 
 def upload_plan(folder: Path) -> list[Upload]:
     """What will be sent, in the order of the commits: weights, then everything else."""
     uploads = [
-        Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix == ".safetensors")
+        Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix in WEIGHTS)
         for file in folder_files(folder)
     ]
     return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
@@ -95,9 +112,10 @@ def check_folder(
 ) -> list[str]:
     """Everything that would make the folder useless or harmful on the hub, one line per problem; none if it is fit.
 
-    Checked are: the index against files and headers; that there are no pickles, links, leftovers or hidden files; that
-    the code is this package's; config, code and tokenizer in a fresh process without this package; that every number
-    of every tensor is finite (read in blocks of 32 MiB, one file per thread) and that every file has its recorded sum.
+    Checked are: the index against files and headers, or the headers of one GGUF model; that there are no pickles,
+    links, leftovers or hidden files; that the code is this package's; config, code and tokenizer in a fresh process
+    without this package, where there is code; that every number of every tensor is finite (read in blocks of 32 MiB,
+    one file per thread) and that every file has its recorded sum.
 
     Args:
         folder: a converted folder.
@@ -106,9 +124,13 @@ def check_folder(
     """
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}
-    problems = [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
+    problems = [
+        f"{name}: missing" + (f"; `grok1 card {folder}` writes it" if name in WRITTEN_BY_CARD else "")
+        for name in REQUIRED
+        if not (folder / name).is_file()
+    ]
     try:
-        tensors = read_model_folder(folder)
+        tensors = read_gguf(folder).tensors if is_gguf(folder) else read_model_folder(folder)
     except ConversionError as error:
         problems += error.problems or [error.summary]
     else:
@@ -116,7 +138,9 @@ def check_folder(
         problems += [f"{file.name}: in no index" for file in folder.glob("*.safetensors") if file not in shards]
     for file in folder_files(folder):
         problems += _file_problems(folder, file)
-    if any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
+    if is_gguf(folder):
+        problems += [] if trust_remote_code else _foreign_code(folder)
+    elif any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
         problems.append(
             "configuration_grok1.py and modeling_grok1.py: expected beside config.json, for trust_remote_code"
         )
@@ -140,7 +164,8 @@ def push_folder(
 
     The weights go first, in commits of their own; then index, config, code and card in one last commit, so that a
     repository with a card is complete. Called again after an interruption, it resumes: what arrived is not sent again.
-    The folder is not checked here (`check_folder`).
+    The name of the repository is put into the commands of the folder's card. The folder is not checked here
+    (`check_folder`).
 
     Args:
         folder: a converted folder.
@@ -167,6 +192,7 @@ def push_folder(
     api = HfApi(token=token, library_name="modeling-grok1")
     try:
         _create(api, repo_id, private, revision)
+        name_repository(folder, repo_id)
         address = _upload(api, folder, repo_id, revision)
         found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
         sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
@@ -200,18 +226,20 @@ def _create(api: HfApi, repo_id: str, private: bool, revision: str | None) -> No
 
 def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str:
     """Uploads the weights, then the rest; returns the address of the last commit."""
+    left = left_here(folder)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        allow_patterns=[WEIGHTS],
+        allow_patterns=WEIGHT_PATTERNS,
+        ignore_patterns=[f"{name}/*" for name in left],
         commit_message="Add the weights of Grok-1",
     )
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        ignore_patterns=[WEIGHTS, f"{CACHE}/*"],
+        ignore_patterns=[*WEIGHT_PATTERNS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
         commit_message="Add index, config, tokenizer, code and model card",
     )
     return commit.commit_url
@@ -231,7 +259,7 @@ def _file_problems(folder: Path, file: Path) -> Iterator[str]:
         yield f"{name}: left over from a conversion that did not finish"
     elif file.suffix == ".pyc":
         yield f"{name}: compiled Python"
-    elif file.suffix in PICKLES or (file.suffix != ".safetensors" and _looks_pickled(file)):
+    elif file.suffix in PICKLES or (file.suffix not in WEIGHTS and _looks_pickled(file)):
         yield f"{name}: a pickle, or an archive that may hold one, can run code when it is read"
 
 
@@ -317,20 +345,22 @@ def _scan(tensors: dict[str, StoredTensor], progress: Progress) -> tuple[list[st
         digest, found = hashlib.sha256(), []
         names = sorted((name for name in by_file[file] if tensors[name].nbytes), key=lambda name: tensors[name].offset)
         with file.open("rb") as stream:
-            # The tensors follow the header without gaps (`read_safetensors_header`).
-            digest.update(stream.read(tensors[names[0]].offset if names else -1))
             for name in names:
                 tensor, bad, missing = tensors[name], 0, 0
-                for begin in range(0, tensor.nbytes, BLOCK):
-                    block = stream.read(wanted := min(BLOCK, tensor.nbytes - begin))
+                # The header, or the zeros after a tensor of GGUF; safetensors have no gaps.
+                digest.update(stream.read(tensor.offset - stream.tell()))
+                step = BLOCK // BLOCK_BYTES.get(tensor.dtype, 1) * BLOCK_BYTES.get(tensor.dtype, 1)
+                for begin in range(0, tensor.nbytes, step):
+                    block = stream.read(wanted := min(step, tensor.nbytes - begin))
                     digest.update(block)
                     missing += wanted - len(block)
-                    bad += count_nonfinite(block, tensor.dtype)
+                    bad += 0 if missing else nonfinite_numbers(block, tensor.dtype)
                     advance(len(block))
                 if missing:
                     found.append(f"{name} in {file.name}: {missing:,} of {tensor.nbytes:,} bytes cannot be read")
                 if bad:
                     found.append(f"{name} in {file.name}: {bad:,} of {math.prod(tensor.shape):,} are NaN or infinite")
+            digest.update(stream.read())
         return found, digest.hexdigest()
 
     files = sorted(by_file)

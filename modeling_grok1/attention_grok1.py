@@ -32,7 +32,9 @@ def in_pieces(attention: Callable[..., AttentionOutput]) -> Callable[..., Attent
     Calls `attention` for some queries at a time where the scores of all would be large: 36 GiB for 8,192 tokens of the
     release. The result is the same, but for the attention weights, which are None then. With gradients the backward
     pass computes each piece again, so that memory grows with the tokens and not with their square. Everything is
-    computed at once where the weights, or gradients of the mask, are asked for, and under torch.compile.
+    computed at once where the weights, or gradients of the mask, are asked for, and under torch.compile. In
+    torch.export each query head has a key head of its own: that the rows of a group are one matrix for every length
+    is more than it can prove.
     """
 
     @wraps(attention)
@@ -44,11 +46,15 @@ def in_pieces(attention: Callable[..., AttentionOutput]) -> Callable[..., Attent
         attention_mask: torch.Tensor | None,  # broadcasts to B H T S; added
         **kwargs,
     ) -> AttentionOutput:
-        (B, H, T, _), S = query.shape, key.shape[2]  # noqa: N806
-        rows = max(16, SCORE_BYTES.get(query.device.type, SCORE_BYTES_ELSEWHERE) // (4 * B * H * S))
         wanted = kwargs.get("output_attentions", module.config.output_attentions)
         learned = attention_mask is not None and attention_mask.requires_grad
-        if torch.compiler.is_compiling() or wanted or learned or rows >= T:
+        if torch.compiler.is_exporting():
+            key, value = (tensor.repeat_interleave(module.num_key_value_groups, dim=1) for tensor in (key, value))
+        if torch.compiler.is_compiling() or wanted or learned:
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        (B, H, T, _), S = query.shape, key.shape[2]  # noqa: N806
+        rows = max(16, SCORE_BYTES.get(query.device.type, SCORE_BYTES_ELSEWHERE) // (4 * B * H * S))
+        if rows >= T:
             return attention(module, query, key, value, attention_mask, **kwargs)
         pieces = []
         for start in range(0, T, rows):

@@ -39,6 +39,7 @@ class ModelArgs(BaseModelArgs):
     rope_theta: float = 10000.0
     rope_parameters: dict | None = None
     tie_word_embeddings: bool = True
+    dtype: str | None = None
     quantization: dict | None = None
     quantization_config: dict | None = None
 
@@ -285,7 +286,12 @@ class Model(nn.Module):
         """
         if self.args.tie_word_embeddings:
             weights = {name: w for name, w in weights.items() if not name.startswith("lm_head.")}
-        for path in [name.removesuffix(".weight_packed") for name in weights if name.endswith(".weight_packed")]:
+        packed = [name.removesuffix(".weight_packed") for name in weights if name.endswith(".weight_packed")]
+        if packed and self.args.dtype is not None:
+            # The embedding is float32 in a packed folder. Its dtype becomes that of the activations.
+            for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+                weights[name] = weights[name].astype(getattr(mx, self.args.dtype))
+        for path in packed:
             weights.pop(f"{path}.weight_shape", None)
             weights[f"{path}.weight"] = weights.pop(f"{path}.weight_packed").view(mx.uint32)
             weights[f"{path}.scales"] = scales = weights.pop(f"{path}.weight_scale")

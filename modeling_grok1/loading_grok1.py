@@ -8,6 +8,7 @@ import copy
 import os
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import conversion_mapping
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -202,6 +204,19 @@ def register_class_names() -> None:
 register_class_names()
 
 
+def register_adapter_names() -> None:
+    """
+    Enter the fused experts in the table by which PEFT finds fused experts: `target_modules="all-linear"`, or the names
+    w1, w2 and w3, reach them then, as in Mixtral. PEFT copies the table when it first adapts a model. Idempotent.
+    """
+    copied = sys.modules.get("peft.utils.transformers_weight_conversion")
+    for module in (conversion_mapping, copied):
+        getattr(module, "_MODEL_TO_CONVERSION_PATTERN", {})[MODEL_TYPES[FUSED]] = "mixtral"
+
+
+register_adapter_names()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Refusals
 # --------------------------------------------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ def check_parallelism(config: GrokConfig, experts_layout: str = FUSED) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Other quantisations. Most look for nn.Linear and pass over 3-D parameters without a word; 98 % of the weights are
+# Other quantisations. Most look for nn.Linear and skip 3-D parameters silently; 98 % of the weights are
 # experts.
 # --------------------------------------------------------------------------------------------------------------------
 QUANTIZATION_ADVICE = (
@@ -244,6 +259,14 @@ QUANTIZATION_ADVICE = (
     "TorchAoConfig(Float8WeightOnlyConfig()), without `experts_layout`."
 )
 EXPERT_MATRICES = (".gate_up_proj", ".down_proj", ".w1.weight", ".w2.weight", ".w3.weight")
+
+
+def default_experts_layout() -> str:
+    """
+    Fused, but linear inside Accelerate's `init_empty_weights`: `load_checkpoint_and_dispatch` sets one tensor of the
+    files after the other, by its name, and skips the names that the model does not have.
+    """
+    return LINEAR if nn.Module.register_parameter.__module__.startswith("accelerate.") else FUSED
 
 
 def quantized_experts_layout(config: GrokConfig, experts_layout: str | None) -> str | None:
@@ -389,7 +412,7 @@ class Grok1LoadingMixin:
         config (`GrokConfig`): validated again here, because fields can be set after its own validation.
         experts_layout (`"fused"` or `"linear"`, *optional*): the experts in memory. Fused (two 3-D parameters per
             layer) is the default; linear (one `nn.Linear` per matrix) is chosen automatically where bitsandbytes or
-            torchao quantises. The files on disk are the same.
+            torchao quantises, and inside Accelerate's `init_empty_weights`. The files on disk are the same.
         experts_on (`"cpu"` or `"disk"`, *optional*): keep the experts, 99 % of the weights, in host memory or in the
             checkpoint's own files, and copy those that the router chooses to the device of everything else.
         expert_cache (`int` or `str`, *optional*): bytes of recently used experts that stay on the device with
@@ -418,7 +441,7 @@ class Grok1LoadingMixin:
         if experts_layout not in (None, FUSED, LINEAR):
             raise ValueError(f"`experts_layout`: expected {FUSED!r} or {LINEAR!r}, found {experts_layout!r}.")
         cache_bytes = check_offloading(config, experts_layout, experts_on, expert_cache)
-        layout = quantized_experts_layout(config, experts_layout) or FUSED
+        layout = quantized_experts_layout(config, experts_layout) or default_experts_layout()
         model_type = MODEL_TYPES[layout if experts_on is None else OFFLOADED]
         if config.model_type != model_type:
             config = copy.copy(config)  # the caller's may serve models of another layout
@@ -432,6 +455,30 @@ class Grok1LoadingMixin:
         check_parallelism(config, self.experts_layout)
         if self.experts_layout == LINEAR:
             self._can_compile_fullgraph = False  # which experts run is known only after the router
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in PyTorch. An adapter is merged into the weight below it, so what is adapted gets one of its own."""
+        if name in ("embed_tokens", "lm_head") and hasattr(value, "base_layer"):
+            untie(self.config, value.base_layer)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
+    def check_export(self) -> None:
+        """
+        Raises:
+            ValueError: torch.export is about to trace experts that are chosen one by one, which it cannot trace.
+        """
+        if not torch.compiler.is_exporting():
+            return
+        if self.experts_on is not None or self.experts_layout != FUSED:
+            raise ValueError(
+                "torch.export cannot trace experts that are chosen one by one: load without `experts_layout` "
+                "and `experts_on`, which gives fused experts."
+            )
+        if self.config._experts_implementation == "eager":  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.export cannot trace `experts_implementation='eager'`: call "
+                f"`model.set_experts_implementation({DEFAULT_EXPERTS!r})` first, the default."
+            )
 
     # Transformers looks for the interfaces in the text of the file that defines a class.
     @classmethod
@@ -497,7 +544,7 @@ class Grok1LoadingMixin:
             ]
         return result
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict: dict | None = None, *args, **kwargs):
         """
         As in Transformers. `lm_head.weight` is written although it is tied: some engines never tie.
 
@@ -516,14 +563,25 @@ class Grok1LoadingMixin:
         if self.experts_layout == LINEAR and not isinstance(getattr(self, "hf_quantizer", None), Grok1Quantizer):
             # In memory as on disk: nothing to revert, and Transformers cannot revert what other libraries quantised.
             kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-        copy_mlx_file(self, save_directory)
+        if not is_main_process and hasattr(next(self.parameters()), "ds_id"):  # type: ignore[attr-defined]
+            # This rank writes nothing, and holds the parts that ZeRO-3 left it, which no conversion can revert.
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            copy_mlx_file(self, save_directory)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers: the model with plain weights in `dtype`, by default the dtype that it was loaded in."""
         if dtype is None and isinstance(self.config.dtype, str):  # type: ignore[attr-defined]
             dtype = getattr(torch, self.config.dtype)  # type: ignore[attr-defined]  # saving leaves the dtype's name
         return super().dequantize(dtype)  # type: ignore[misc]
+
+
+def untie(config: Any, layer: Any) -> None:
+    """Gives an embedding, or a head, that is tied to the other a weight of its own."""
+    if config.tie_word_embeddings and not hasattr(layer.weight, "ds_id"):  # ZeRO-3 keeps a part of it only
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+        config.tie_word_embeddings = False
 
 
 def copy_mlx_file(model: Any, folder: str | os.PathLike) -> None:

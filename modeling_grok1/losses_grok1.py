@@ -86,8 +86,24 @@ def causal_lm_losses(
             router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
         )
         if loss is not None:
+            check_balance_is_trained(model, loss, aux_loss)
             loss = loss + config.router_aux_loss_coef * (aux_loss * share).to(loss.device)
     return loss, aux_loss
+
+
+def check_balance_is_trained(model: Any, loss: torch.Tensor, aux_loss: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: reentrant checkpoints have detached the router logits, so that the balance would not be trained.
+    """
+    if not loss.requires_grad or aux_loss.requires_grad:
+        return
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+        raise ValueError(
+            "With reentrant checkpoints the load-balancing loss (`output_router_logits=True`) has no gradient: leave "
+            "`use_reentrant=True` out, or `output_router_logits`."
+        )
 
 
 def loss_in_pieces(

@@ -41,10 +41,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import fast_decoding, with_cpu_products
-from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, geglu, routed_sum, without_autocast
+from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, FusedWeight, Grok1LinearExperts, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
-from .offloading_grok1 import Grok1OffloadedExperts
+from .offloading_grok1 import Grok1OffloadedExperts, Shapes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -69,8 +69,7 @@ class Grok1Embedding(nn.Embedding):
         return torch.tensor(self.multiplier[self.weight.dtype], dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeds = super().forward(input_ids)
-        return embeds * self.multiplier[embeds.dtype]
+        return super().forward(input_ids) * self.multiplier[self.weight.dtype]
 
 
 class Grok1RMSNorm(nn.Module):
@@ -206,7 +205,7 @@ class Grok1Attention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # Mixture of experts
 # --------------------------------------------------------------------------------------------------------------------
-class Grok1TopKRouter(nn.Module):
+class Grok1TopKRouter(Shapes, nn.Module):
     """softmax over all experts, then the top k, not renormalised; float32 throughout, also under autocast."""
 
     def __init__(self, config: GrokConfig):
@@ -223,7 +222,7 @@ class Grok1TopKRouter(nn.Module):
 
 
 @use_experts_implementation(experts_interface=ALL_EXPERTS_FUNCTIONS)
-class Grok1Experts(nn.Module):
+class Grok1Experts(Shapes, nn.Module):
     """All experts of a layer in two parameters; `experts_implementation` replaces `forward`."""
 
     def __init__(self, config: GrokConfig):
@@ -235,11 +234,11 @@ class Grok1Experts(nn.Module):
 
     def eager_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """sum over the chosen e of gates[e] * down_e(geglu(gate_e(x), up_e(x))); x: N D; experts, gates: N k."""
-        gate_up_proj, down_proj = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+        gate_up, down = FusedWeight(self.gate_up_proj), FusedWeight(self.down_proj)
 
         def expert(e: int, rows: torch.Tensor) -> torch.Tensor:
-            gate, up = F.linear(rows, gate_up_proj[e]).chunk(2, dim=-1)
-            return F.linear(geglu(gate, up), down_proj[e])
+            gate, up = gate_up(e, rows).chunk(2, dim=-1)
+            return down(e, geglu(gate, up))
 
         return routed_sum(x, experts, gates, expert, self.num_experts)
 
@@ -308,9 +307,7 @@ class Grok1DecoderLayer(GradientCheckpointingLayer):
 class Grok1Head(nn.Linear):
     """Hidden states to logits. A class of its own, as bitsandbytes takes every `nn.Linear` and heads stay whole."""
 
-    @with_cpu_products
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states)
+    forward = with_cpu_products(nn.Linear.forward)
 
 
 class Grok1PreTrainedModel(Grok1LoadingMixin, PreTrainedModel):
@@ -376,6 +373,7 @@ class Grok1Model(Grok1PreTrainedModel):
         """`cache` and `past_key_values` are two names of one argument."""
         past_key_values = one_cache(past_key_values, cache, kwargs)
         check_arguments(kwargs)
+        self.check_export()
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -475,8 +473,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         )
 
     def _optimize_model_for_decode(self):
-        # Transformers would switch to `batched_mm`, which copies the chosen experts for every token: 2.4 GB per token
-        # and layer at the released size.
+        # Transformers would switch to `batched_mm`, which copies the chosen experts for every token.
         return fast_decoding(self)
 
 

@@ -27,6 +27,7 @@ from .experts_grok1 import geglu, routed_sum
 from .packing_grok1 import unpack
 from .quantization_grok1 import INT4, INT8, Grok1Quantizer, quantization_method
 from .quantized_grok1 import form_for_device, quantised_matmul
+from .shapes_grok1 import Shapes
 from .sizes_grok1 import parse_size
 
 
@@ -362,7 +363,7 @@ def multiply(x: torch.Tensor, expert: Expert, matrix: str) -> torch.Tensor:
     return F.linear(x, weight) if scale is None else quantised_matmul(x, weight, scale)
 
 
-class Grok1OffloadedExperts(nn.Module):
+class Grok1OffloadedExperts(Shapes, nn.Module):
     """The experts of a layer, in an `ExpertStore` that `from_pretrained` sets. The module itself has no parameters."""
 
     def __init__(self, config: GrokConfig):

@@ -45,7 +45,8 @@ TILES = {
 }
 
 
-@triton.jit
+# Prompts of all lengths share one compilation.
+@triton.jit(do_not_specialize=["S"])
 def quantised_matmul_kernel(
     x_ptr,  # S K
     weight_ptr,  # E N K, int8; with 4 bits E N K/2, uint8

@@ -8,12 +8,13 @@ The versions of Transformers that this code runs with, and what differs between 
     5.23   the first version that quantises a weight before it casts it to the dtype of its empty parameter
 """
 
+import warnings
 from importlib.metadata import version
 from typing import Any
 
 from transformers import core_model_loading
 from transformers.cache_utils import Cache
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging
 
 
 logger = logging.get_logger(__name__)
@@ -72,12 +73,15 @@ def check_transformers() -> None:
 def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
     """
     The cache of a forward pass from its two names. A paged cache goes to the attention function through `kwargs` where
-    that one updates it.
+    that one updates it. The name that is older than this Transformers is warned of, as its own models do.
 
     Raises:
         ValueError: two different caches.
     """
     if cache is None:
+        if past_key_values is not None and CACHE == "cache" and not is_torchdynamo_compiling():
+            message = f"`past_key_values` is deprecated with transformers {FOUND}: use `cache` instead."
+            warnings.warn(message, FutureWarning, stacklevel=2)
         return past_key_values
     if past_key_values is not None and past_key_values is not cache:
         raise ValueError("`cache` and `past_key_values` are two names of one argument: give one.")

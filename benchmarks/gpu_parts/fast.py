@@ -98,8 +98,10 @@ class Decoder:
         return output.logits
 
 
-def in_a_graph(run: Run, step: Callable[[], Any]) -> Callable[[], None]:
+def in_a_graph(run: Run, model: Any, step: Callable[[], Any]) -> Callable[[], None]:
     """`step` recorded as a CUDA graph, which takes no time of the host per kernel."""
+    if model.config._experts_implementation == "eager":
+        raise NotHereError("the loop over the experts reads the router's choice on the host")
     if run.device.type != "cuda":
         raise NotHereError("no CUDA")
     side = torch.cuda.Stream()
@@ -135,7 +137,7 @@ def speed(run: Run, label: str, model: Any) -> None:
     for batch in run.sizes.decode_batches:  # last, for a failed capture may spoil what follows
         name = f"{label}: decode, batch {batch}, CUDA graph"
         with run.attempt(name):
-            seconds = run.seconds(in_a_graph(run, Decoder(run, model, batch)), run.sizes.steps)
+            seconds = run.seconds(in_a_graph(run, model, Decoder(run, model, batch)), run.sizes.steps)
             limits = against(run, seconds, read_bytes(model, batch), BANDWIDTH, 1e9)
             run.value(name, seconds * 1e3, "ms/step", **limits)
 
@@ -239,6 +241,8 @@ def profile(run: Run, label: str, step: Callable[[], Any], steps: int = 4) -> No
             calls[event["name"]] += 1
         if event.get("cat") == "gpu_memcpy":
             moved[event["name"]] += event["args"].get("bytes", 0)
+    if not times:
+        raise NotHereError("the profiler recorded no kernel")
     whole = sum(times.values())
     for rank, (kernel, microseconds) in enumerate(times.most_common(10), start=1):
         detail = f"{microseconds / whole:.0%} of the kernels' time, {calls[kernel] / steps:g} calls: {kernel[:120]}"

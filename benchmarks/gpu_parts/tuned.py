@@ -77,6 +77,8 @@ def tune(run: Run, bits: int, few: bool, grid: dict[str, tuple[int, ...]]) -> No
     """Coordinate descent: each attribute in turn takes the value with the least time of all shapes together. The best
     tile so far is recorded whenever it changes, so that a cut run keeps it."""
     module = kernel_module()
+    from triton.runtime.errors import OutOfResources
+
     products = shapes(run, bits, few)
     label = f"{'decoding' if few else 'prompts'}, int{bits}"
     times: dict[Any, float] = {}
@@ -85,11 +87,14 @@ def tune(run: Run, bits: int, few: bool, grid: dict[str, tuple[int, ...]]) -> No
         if tile not in times:
             times[tile] = float("inf")
             with run.attempt(f"{label}: {describe(tile)}"):
-                seconds = {
-                    name: time_of(run, lambda p=product: module.quantised_grouped_matmul(*p, tile=tile))
-                    for name, product in products.items()
-                    if name in TUNED_FOR
-                }
+                try:
+                    seconds = {
+                        name: time_of(run, lambda p=product: module.quantised_grouped_matmul(*p, tile=tile))
+                        for name, product in products.items()
+                        if name in TUNED_FOR
+                    }
+                except OutOfResources as error:
+                    raise NotHereError(f"the tile is too large for the card: {error}") from error
                 times[tile] = sum(seconds.values())
                 detail = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in seconds.items())
                 run.value(f"{label}: {describe(tile)}", times[tile] * 1e6, "us", detail)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grok1.loading import check_weights, load_model
+from grok1.errors import ConversionError
+from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 from grok1.precision import AUTO, find_precision, stored_precision
 
 
@@ -100,19 +102,13 @@ def score(
 def text_windows(folder: str | Path, text: str, against: str | Path | None, context: int) -> list[torch.Tensor]:
     """The tokenised windows of `text`. Raises ValueError as `evaluate` does."""
     import torch
-    from transformers import AutoTokenizer
 
-    from modeling_grok1 import GrokConfig
-
-    for place in (folder, against):
-        if place is not None:
-            check_weights(place)
-    config = GrokConfig.from_pretrained(folder)
+    config = check_folder(folder)
     if context > config.max_position_embeddings:
         raise ValueError(f"`context`: expected at most the model's {config.max_position_embeddings}, found {context}.")
-    if against is not None and GrokConfig.from_pretrained(against).vocab_size != config.vocab_size:
+    if against is not None and check_folder(against, tokenizer=False).vocab_size != config.vocab_size:
         raise ValueError(f"`against`: the models of {folder} and {against} have different vocabularies.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return windows(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), context)
 
 
@@ -138,28 +134,29 @@ def evaluate(
         precision: as in `loading_options`.
         context: tokens of a window.
         device_map: as in `from_pretrained`.
-        progress: called with (tokens done, total tokens) after each window.
+        progress: called with (tokens done, total tokens) after each window, for one model after the other.
 
     Raises:
+        ConversionError: the folder is damaged, as in `grok1.loading.check_folder`, or the loss is not finite.
         ValueError: an unknown option, a text of less than 2 tokens, a context beyond the model's, or two models whose
             vocabularies differ.
     """
+    check_device_map(device_map)
     pieces = text_windows(folder, text, against, context)
-    total = sum(len(piece) for piece in pieces) * (1 if against is None else 2)
-    done = 0
-
-    def step(here: int, _: int) -> None:
-        if progress is not None:
-            progress(done + here, total)
-
     expected = None
     if against is not None:
-        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, step)
-        done = total // 2
+        _, expected = score(load_model(against, "bfloat16", device_map=device_map), pieces, progress)
     model = load_model(folder, precision, device_map=device_map)
     start = time.perf_counter()
-    nats, top1 = score(model, pieces, step)
+    nats, top1 = score(model, pieces, progress)
     seconds = time.perf_counter() - start
+    mean = nats / len(top1)
+    if not mean < math.log(sys.float_info.max):  # NaN is not below either
+        raise ConversionError(
+            f"{folder}: the text has no perplexity",
+            [f"loss: expected a finite number of nats per token, found {mean}"],
+            "The model computes numbers that are not finite; try --precision float32.",
+        )
     dtype = str(model.dtype).removeprefix("torch.")
     method = stored_precision(folder)
     if precision != AUTO and find_precision(precision).quantization is not None:
@@ -170,8 +167,8 @@ def evaluate(
         bytes=stored_bytes(model),
         context=context,
         predicted=len(top1),
-        nats=nats / len(top1),
-        perplexity=math.exp(nats / len(top1)),
+        nats=mean,
+        perplexity=math.exp(mean),
         against=None if against is None else str(against),
         agreement=None if expected is None else (top1 == expected).double().mean().item(),
         seconds=seconds,

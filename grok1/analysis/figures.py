@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from grok1.analysis.routing import RoutingStatistics
 from grok1.errors import ConversionError
+from grok1.files import write_file
 
 
 if TYPE_CHECKING:
@@ -31,19 +33,10 @@ def routing_figure(statistics: RoutingStatistics, tokens: Sequence[str], title: 
     Raises:
         ConversionError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConversionError(
-            f"The figure needs matplotlib ({error}).",
-            next_step='Install it with `pip install "modeling-grok1[plot]"`.',
-        ) from None
-
     layers = len(statistics.experts)
-    height = min(4.0, 1.2 + 0.24 * layers)
-    with matplotlib.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.titlesize": 9.5}):
-        figure = Figure(figsize=(10, 2 * height + 1.2), dpi=100, layout="constrained")
+    height = min(4.0, 1.4 + 0.24 * layers)
+    figure = new_figure(2 * height + 1.2)
+    with style():
         (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False)
         load, entropy, pair = top.subplots(1, 3, width_ratios=[1.5, 1, 1])
         _draw_load(top, load, statistics)
@@ -53,6 +46,26 @@ def routing_figure(statistics: RoutingStatistics, tokens: Sequence[str], title: 
         if title:
             figure.suptitle(title, fontsize=11)
     return figure
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, 10 inches wide, 200 dots per inch in a bitmap. Raises ConversionError without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConversionError(
+            f"The figure needs matplotlib ({error}).",
+            next_step='Install it with `pip install "modeling-grok1[plot]"`.',
+        ) from None
+    return Figure(figsize=(10, height), dpi=200, layout="constrained")
+
+
+def style() -> Any:
+    """The fonts of the figures, as a context."""
+    import matplotlib
+
+    return matplotlib.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.titlesize": 9.5})
 
 
 def _layer_ticks(layers: int) -> np.ndarray:
@@ -67,7 +80,12 @@ def _draw_load(parent: Any, axis: Any, statistics: RoutingStatistics) -> None:
     uniform, peak = 100 / experts, 100 * max(2 / experts, float(statistics.load.max()))
     norm = TwoSlopeNorm(uniform, vmin=0, vmax=peak)
     image = axis.imshow(statistics.load * 100, cmap="PuOr_r", norm=norm, aspect="auto")
-    axis.set(title="Expert load (% of a layer's assignments)", xlabel="expert", ylabel="layer", xticks=range(experts))
+    axis.set(
+        title="Expert load: share of a layer's\nassignments (%, white = uniform)",
+        xlabel="expert",
+        ylabel="layer",
+        xticks=range(experts),
+    )
     axis.set_yticks(_layer_ticks(layers))
     if layers <= DETAILED_LAYERS:
         for (layer, expert), share in np.ndenumerate(statistics.load):
@@ -95,7 +113,9 @@ def _draw_entropy(axis: Any, statistics: RoutingStatistics) -> None:
     axis.plot(statistics.entropy, np.arange(layers), color=PALETTE[4], **_line_style(layers))
     axis.axvline(np.log2(experts), color="grey", linestyle=":", linewidth=1)
     uniform = f"{np.log2(experts):.3g}"
-    axis.set(title="Router entropy (bits)", xlabel=f"mean over tokens ({uniform} bits = uniform)", xlim=(0, None))
+    axis.set(
+        title="Router entropy: mean\nover the tokens (bits)", xlabel=f"bits ({uniform} = uniform)", xlim=(0, None)
+    )
     _finish_lines(axis, layers)
 
 
@@ -104,12 +124,12 @@ def _draw_pairs(axis: Any, statistics: RoutingStatistics) -> None:
     layers = len(statistics.experts)
     shares = np.array([share for _, share in statistics.top_pairs])
     rows, style = np.arange(layers), _line_style(layers)
-    axis.plot(statistics.gate_mass * 100, rows, color=PALETTE[5], label="probability of the selected pair", **style)
+    axis.plot(statistics.gate_mass * 100, rows, color=PALETTE[5], label="gate sum of the selected pair", **style)
     axis.plot(
         shares * 100, rows, color=PALETTE[2], linestyle="--", label="tokens with the most frequent pair", **style
     )
-    axis.set(xlabel="expert pairs (%)", xlim=(0, 100))
-    axis.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    axis.set(title="Expert pairs: gate sum and\nmost frequent pair (%)", xlabel="%", xlim=(0, 100))
+    axis.legend(fontsize=7, loc="best")
     _finish_lines(axis, layers)
 
 
@@ -123,7 +143,7 @@ def _draw_passage(parent: Any, axis: Any, statistics: RoutingStatistics, tokens:
     norm = BoundaryNorm(np.arange(experts + 1) - 0.5, experts)
     first = statistics.experts[:, :shown, 0]
     drawn = axis.imshow(first, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    axis.set(title="Top-1 expert of each token of a passage", ylabel="layer")
+    axis.set(title="Top-1 expert of each token of a passage (colour = expert)", ylabel="layer")
     axis.set_yticks(_layer_ticks(layers))
     axis.set_xticks(range(shown), [tick_label(token) for token in tokens[:shown]], rotation=90, fontsize=8)
     axis.tick_params(axis="x", length=0)
@@ -149,4 +169,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     undated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     if path.suffix not in undated:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(undated)}, found {path.suffix or 'none'}.")
-    figure.savefig(path, metadata=undated[path.suffix])
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "grok1"}):
+        figure.savefig(content, format=path.suffix[1:], metadata=undated[path.suffix])
+    write_file(path, content.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,11 @@ class RoutingStatistics:
     def entropy(self) -> np.ndarray:
         """L: mean entropy of the router over the tokens, in bits."""
         return self.token_entropy.mean(axis=1)
+
+    @property
+    def uniform_entropy(self) -> float:
+        """log2(E): the entropy of a router that has no preference, in bits."""
+        return math.log2(self.num_experts)
 
     @property
     def gate_mass(self) -> np.ndarray:
@@ -118,11 +124,13 @@ def routing_statistics(
 
 
 def load_bars(statistics: RoutingStatistics) -> str:
-    """One line per layer with a bar per expert: a full block is at least twice the uniform share."""
-    lines = []
+    """A bar per layer and expert for a terminal, below the numbers of the experts; the last line is the scale."""
+    lines = [f"{'expert':<8} ▕{' '.join(str(e % 10) for e in range(statistics.num_experts))}▏"]
     for layer, load in enumerate(statistics.load):
         heights = np.clip(np.ceil(load * statistics.num_experts / 2 * (len(BLOCKS) - 1)), 0, len(BLOCKS) - 1)
         lines.append(f"layer {layer:>2} ▕{' '.join(BLOCKS[int(height)] for height in heights)}▏")
+    uniform = 100 / statistics.num_experts
+    lines.append(f"▄ = {uniform:.3g} % of the layer's assignments, the uniform share; █ = {2 * uniform:.3g} % or more")
     return "\n".join(lines)
 
 

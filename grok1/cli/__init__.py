@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from grok1.cli.commands import CONTEXT_SETTINGS, MARKUP
+from grok1.cli.commands import CONTEXT_SETTINGS
 from grok1.cli.group import DONE, CommandGroup
 
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     name="grok1",
     cls=CommandGroup,
     no_args_is_help=True,
-    rich_markup_mode=MARKUP,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings=CONTEXT_SETTINGS,
     epilog=EPILOG,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from grok1.cli.options import LocalFolder
 
 
 EXAMPLES = """
@@ -17,14 +18,14 @@ grok1 card grok-1-hf --json
 
 
 def card_command(
-    folder: Annotated[Path, typer.Argument(help="A converted folder.", exists=True, file_okay=False)],
+    folder: LocalFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
 ) -> None:
-    """Write the model card (README.md) of a converted folder from its files."""
+    """Write the model card (README.md) of a converted or fine-tuned folder from its files, and LICENSE if missing."""
     from grok1.conversion.facts import card_facts
     from grok1.errors import ConversionError
-    from grok1.model_card.card import CARD_NAME, is_card, write_card
+    from grok1.model_card.card import CARD_NAME, LICENSE_NAME, is_card, write_card, write_license
 
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(card_facts(folder)), indent=2))
@@ -36,4 +37,7 @@ def card_command(
         )
     facts = card_facts(folder)
     path = write_card(folder, facts)
-    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")
+    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {len(facts.shards)} shard(s)")
+    if write_license(folder):
+        typer.echo(f"{folder / LICENSE_NAME}: Apache-2.0, as xAI's release")
+    typer.echo(f"Next: grok1 push {folder} USER/NAME --dry-run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -18,23 +19,47 @@ if TYPE_CHECKING:
 EXAMPLES = """
 grok1 demo
 grok1 demo --out grok-1-hf
+grok1 demo --out grok-1-hf --checkpoint grok-1
 """
 SHOWN = 3  # passages that are printed; all are checked
 
 
 def demo_command(
-    out: Annotated[Path | None, typer.Option(help="Keep the converted folder here.", file_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Keep the converted folder here.", file_okay=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Copy the bundled checkpoint, in xAI's format, to this new folder."),
+    ] = None,
 ) -> None:
     """Convert the bundled checkpoint, load it, and generate passages of Shakespeare."""
-    from grok1.demo import passages
+    from grok1.cli.progress import starting
 
-    with passages.bundled_checkpoint() as checkpoint:
-        if out is not None:
-            run_demo(checkpoint, out)
-            typer.echo(f'\nKept in {out}. Next: grok1 generate {out} "Now is the winter of our"')
-            return
-        with tempfile.TemporaryDirectory(prefix="grok1-demo-") as folder:
-            run_demo(checkpoint, Path(folder) / "grok-1-demo")
+    with starting("torch and Transformers"):
+        import transformers  # noqa: F401
+
+        from grok1.demo.passages import bundled_checkpoint
+
+    with bundled_checkpoint() as bundled, tempfile.TemporaryDirectory(prefix="grok1-demo-") as scratch:
+        if checkpoint is not None:
+            copy_checkpoint(bundled, checkpoint)
+        run_demo(bundled, Path(scratch) / "grok-1-demo" if out is None else out)
+    if checkpoint is not None:
+        typer.echo(f"\nIn xAI's format: {checkpoint}. Next: grok1 convert {checkpoint} OUT")
+    if out is not None:
+        typer.echo(f'\nKept in {out}. Next: grok1 generate {out} "Now is the winter of our"')
+
+
+def copy_checkpoint(bundled: Path, out: Path) -> None:
+    """Copy the files of the checkpoint, without the demo's own. Raises ConversionError where the folder exists."""
+    from grok1.errors import ConversionError
+
+    if out.exists():
+        raise ConversionError(f"{out}: expected no such folder, found one.", next_step="Give a new --checkpoint.")
+    shutil.copytree(bundled / "ckpt-0", out / "ckpt-0")
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(bundled / name, out / name)
 
 
 def run_demo(checkpoint: Path, folder: Path) -> None:
@@ -63,7 +88,7 @@ def run_demo(checkpoint: Path, folder: Path) -> None:
     print_passages(generated, console)
     ids = tokenizer(passages[0].text, return_tensors="pt")["input_ids"]
     title = f"Expert load by layer, {model.config.num_experts} experts, for {passages[0].opening!r}"
-    console.print(f"{title} (a full block: twice the uniform share):", soft_wrap=True)
+    console.print(f"{title}:", soft_wrap=True)
     console.print(load_bars(routing_statistics(model, ids)), markup=False, soft_wrap=True)
     if generated.exact < len(passages):
         raise typer.Exit(1)
@@ -71,13 +96,11 @@ def run_demo(checkpoint: Path, folder: Path) -> None:
 
 def load(folder: Path, console: Console) -> tuple[Any, Any]:
     """Load the model and its tokenizer, and print the model's sizes."""
-    from transformers import AutoTokenizer
-
-    from grok1.loading import load_model
+    from grok1.loading import load_model, load_tokenizer
 
     start = time.perf_counter()
     model = load_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     config = model.config
     console.print(
         f"[bold]from_pretrained[/bold] {model.num_parameters():,} parameters, {config.num_hidden_layers} layers, "

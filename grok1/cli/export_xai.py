@@ -10,15 +10,21 @@ import typer
 
 EXAMPLES = """
 grok1 export-xai grok-1-hf exported
+grok1 export-xai grok-1-gguf/grok-1-q8_0.gguf exported
 """
 
 
 def export_xai_command(
-    folder: Annotated[Path, typer.Argument(help="A converted folder, in any layout.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Argument(help="Where to write ckpt-0/: an empty folder, or none yet.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A converted folder, USER/NAME on the hub (downloaded), or a GGUF file."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write ckpt-0/: an empty folder, or none yet.")],
     scale_blocks: Annotated[
         int,
-        typer.Option(help="Scale blocks per matrix (the release: 8). Int8 folders keep theirs.", min=1),
+        typer.Option(metavar="N", help="Scale blocks per matrix (the release: 8). Int8 folders keep theirs.", min=1),
     ] = 8,
 ) -> None:
     """Write a converted folder in xAI's format: int8 and float32 byte for byte, the rest quantised again (lossy)."""
@@ -27,7 +33,10 @@ def export_xai_command(
 
     from grok1.cli.progress import byte_progress
     from grok1.conversion.export_xai import export_xai
+    from grok1.downloads import local_folder
+    from grok1.gguf_files import is_gguf
 
+    folder = folder if is_gguf(folder) else local_folder(folder)
     with byte_progress("Exporting") as progress:
         report = export_xai(folder, out, scale_blocks=scale_blocks, progress=progress)
     console = Console(markup=False, highlight=False, soft_wrap=True)

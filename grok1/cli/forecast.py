@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from grok1.conversion.dry_run import Forecast
 
 
-def show_forecast(found: Forecast, console: Console) -> None:
+def show_forecast(found: Forecast, console: Console, list_shards: bool = False) -> None:
     """Print what a conversion would write, and what it needs."""
-    for name, nbytes in found.shards.items():
-        console.print(f"{name}  {nbytes:>16,} bytes")
     console.print(f"from       {found.source}")
     console.print(f"output     {len(found.shards)} shards, {found.nbytes:,} bytes")
     short = "" if found.free_bytes >= found.needed_bytes else f": {found.needed_bytes - found.free_bytes:,} too few"
@@ -27,3 +25,5 @@ def show_forecast(found: Forecast, console: Console) -> None:
     else:
         rate = found.bytes_per_second / 1e6
         console.print(f"time       about {duration(found.seconds)}, at {rate:,.0f} MB/s of output, measured here")
+    for name, nbytes in found.shards.items() if list_shards else ():
+        console.print(f"{name}  {nbytes:>16,} bytes")

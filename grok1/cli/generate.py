@@ -19,12 +19,16 @@ grok1 generate grok-1-hf "The answer to life" --precision int8 --experts-on disk
 
 def generate_command(
     folder: ConvertedFolder,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Generate at most this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", min=0.0, max=1.0, help="Nucleus sampling probability.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sample from the k most likely tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the sampling.")] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the decoding step: minutes at first, then fastest.")
     ] = False,
@@ -40,11 +44,12 @@ def generate_command(
     with starting("torch and Transformers"):
         import transformers  # noqa: F401
 
+    from grok1.downloads import local_folder
     from grok1.generation import Decoding, generate_text
 
     placement = {"experts_on": experts_on, "expert_cache": expert_cache, "attn_implementation": attn_implementation}
     generated = generate_text(
-        folder,
+        local_folder(folder),
         sys.stdin.read() if prompt == "-" else prompt,
         Decoding(max_new_tokens, temperature, top_p, top_k, seed, compiled),
         precision,

@@ -9,8 +9,10 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from grok1.cli.commands import COMMANDS
+from grok1.errors import printable
 
 
+CHOSEN = "grok1.command"  # key of a context's meta
 DONE, FOUND_WRONG, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -19,7 +21,7 @@ def report(kind: str, error: BaseException, advice: str = "") -> None:
     from rich.console import Console
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    message = str(error).strip()
+    message = printable(str(error).strip())
     console.print(f"{kind}: {message}" if message else f"{kind}.", style="red")
     if advice:
         console.print(advice)
@@ -39,14 +41,16 @@ class CommandGroup(TyperGroup):
         return [*COMMANDS, *self.commands]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        ctx.meta[CHOSEN] = cmd_name
         return COMMANDS[cmd_name].load() if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            # A command whose work can be resumed says so in the exception.
-            report("Interrupted", error, "" if str(error) else "No unfinished file has its final name.")
+            # A command that knows more than its entry in the table says so in the exception.
+            command = COMMANDS.get(ctx.meta.get(CHOSEN, ""))
+            report("Interrupted", error if str(error) or command is None else KeyboardInterrupt(command.interrupted))
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, TyperException, BrokenPipeError):
             raise

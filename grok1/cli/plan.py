@@ -22,7 +22,8 @@ grok1 plan --mac 2x256
 
 def plan_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A converted folder, or a preset. Default: the release.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A converted folder, USER/NAME, or a preset. Default: the release."),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -33,9 +34,12 @@ def plan_command(
     ] = None,
     precision: PrecisionOption = "bfloat16",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence, prompt and output. Default: the model's context.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Tokens of a sequence, prompt and output. Default: the model's context."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at a time.")] = 1,
     parallel: Annotated[str, typer.Option(metavar="[auto|tp|ep|pp]", help="auto: the fastest possible.")] = "auto",
     chunk: Annotated[int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens processed at a time.")] = 512,
     host_memory: Annotated[
@@ -71,7 +75,7 @@ def plan_command(
     from grok1.sizing.hardware import GB, Gpus
     from grok1.sizing.plan import make_plan, suggestions
     from grok1.sizing.request import Request
-    from modeling_grok1.offloading_grok1 import parse_size
+    from modeling_grok1.sizes_grok1 import parse_size
 
     assert gpus is not None
     hardware = Gpus.parse(gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,13 +32,32 @@ def count_progress(description: str) -> Iterator[Report]:
 
 @contextmanager
 def _progress(description: str, *columns: object) -> Iterator[Report]:
+    """The bar is drawn from the first report to the one that all is done, so that it never shares the terminal with
+    the bars of the libraries, which draw while weights are downloaded or loaded."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:  # type: ignore[arg-type]
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    lock = threading.Lock()
+    bars: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not console.is_terminal:
+            return
+        with lock:
+            if not bars:
+                bars.append(Progress(*columns, console=console))  # type: ignore[arg-type]
+                bars[0].add_task(description, total=None)
+                bars[0].start()
+            bars[0].update(bars[0].task_ids[0], completed=done, total=total)
+            if done >= total:
+                bars.pop().stop()
+
+    try:
+        yield report
+    finally:
+        for bar in bars:
+            bar.stop()
 
 
 @contextmanager

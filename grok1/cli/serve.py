@@ -1,13 +1,10 @@
-"""`grok1 serve`: a converted folder behind OpenAI's API, by Transformers' own server."""
+"""`grok1 serve`: a converted folder behind OpenAI's API."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from grok1.cli import serve_options as option
 from grok1.cli.options import AttnImplementation, ConvertedFolder, DeviceMap, ExpertCache, ExpertsOn, LoadingPrecision
 
 
@@ -18,63 +15,35 @@ grok1 serve grok-1-hf --chat-template chat.jinja --precision int8
 """
 
 
-class LogLevel(StrEnum):
-    ERROR = "error"
-    WARNING = "warning"
-    INFO = "info"
-    DEBUG = "debug"
-
-
-BATCHING, SERVER = "Continuous batching", "Server"
-
-
 def serve_command(
     folder: ConvertedFolder,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file that formats a chat as a prompt.", exists=True, dir_okay=False)
-    ] = None,
-    continuous_batching: Annotated[
-        bool, typer.Option("--continuous-batching", help="Batch requests; default: one at a time.")
-    ] = False,
-    cb_block_size: Annotated[
-        int | None, typer.Option(min=4, help="Tokens per cache block.", rich_help_panel=BATCHING)
-    ] = None,
-    cb_num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Cache blocks; default: by free memory.", rich_help_panel=BATCHING)
-    ] = None,
-    cb_max_batch_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens per forward pass; default: by free memory.", rich_help_panel=BATCHING),
-    ] = None,
-    cb_max_memory_percent: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Fraction of free memory to use.", rich_help_panel=BATCHING),
-    ] = None,
-    cb_use_cuda_graph: Annotated[
-        bool | None,
-        typer.Option("--cb-use-cuda-graph/--no-cb-use-cuda-graph", help="CUDA graphs.", rich_help_panel=BATCHING),
-    ] = None,
+    chat_template: option.ChatTemplate = None,
+    continuous_batching: option.ContinuousBatching = False,
+    cb_block_size: option.BlockSize = None,
+    cb_num_blocks: option.NumBlocks = None,
+    cb_max_batch_tokens: option.MaxBatchTokens = None,
+    cb_max_memory_percent: option.MaxMemoryPercent = None,
+    cb_use_cuda_graph: option.UseCudaGraph = None,
     precision: LoadingPrecision = "auto",
     device_map: DeviceMap = "auto",
     experts_on: ExpertsOn = None,
     expert_cache: ExpertCache = None,
     attn_implementation: AttnImplementation = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = "localhost",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free one.", rich_help_panel=SERVER)
-    ] = 8000,
-    enable_cors: Annotated[
-        bool,
-        typer.Option("--enable-cors", help="Allow requests from web pages of any origin.", rich_help_panel=SERVER),
-    ] = False,
-    log_level: Annotated[
-        LogLevel, typer.Option(help="Log level of the server; info logs every request.", rich_help_panel=SERVER)
-    ] = LogLevel.WARNING,
+    host: option.Host = "localhost",
+    port: option.Port = 8000,
+    served_model_name: option.ServedModelName = None,
+    allowed_host: option.AllowedHosts = None,
+    api_key: option.ApiKey = None,
+    max_body: option.MaxBody = "4MB",
+    max_waiting: option.MaxWaiting = 256,
+    enable_cors: option.EnableCors = False,
+    log_level: option.LogLevelOption = option.LogLevel.WARNING,
 ) -> None:
     """Serve OpenAI's API: completions, streaming, and chat with a template of your choice."""
     from rich.console import Console
 
     from grok1.cli.progress import starting
+    from grok1.downloads import local_folder
     from grok1.serving.start import Settings, check_settings, listen_on, start
 
     sizes: dict[str, Any] = {
@@ -86,7 +55,7 @@ def serve_command(
     }
     placement = {"experts_on": experts_on, "expert_cache": expert_cache}
     settings = Settings(
-        folder=folder,
+        folder=local_folder(folder),
         chat_template=chat_template,
         precision=precision,
         model_kwargs={name: value for name, value in placement.items() if value is not None},
@@ -94,6 +63,11 @@ def serve_command(
         attn_implementation=attn_implementation,
         continuous_batching=continuous_batching,
         sizes={name: value for name, value in sizes.items() if value is not None},
+        name=served_model_name,
+        hosts=(host, *(allowed_host or ())),
+        api_key=api_key,
+        max_body=max_body,
+        max_waiting=max_waiting,
         enable_cors=enable_cors,
         log_level=log_level,
     )

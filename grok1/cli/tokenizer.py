@@ -10,16 +10,24 @@ import typer
 
 EXAMPLES = """
 grok1 tokenizer grok-1/tokenizer.model grok-1-hf
+grok1 tokenizer grok-1-hf --continuations
 """
 
 
 def tokenizer_command(
-    tokenizer_model: Annotated[
-        Path, typer.Argument(metavar="TOKENIZER.MODEL", help="xAI's tokenizer.model.", exists=True, dir_okay=False)
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TOKENIZER.MODEL",
+            help="xAI's tokenizer.model; or a converted folder, to change its decoder.",
+            exists=True,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write to; created if missing.", file_okay=False)],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder to write to; created if missing.", file_okay=False)
+    ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Refuse a tokenizer with more pieces than this.")
+        int | None, typer.Option(metavar="N", min=1, help="Refuse a tokenizer with more pieces than this.")
     ] = None,
     continuations: Annotated[
         bool,
@@ -30,7 +38,15 @@ def tokenizer_command(
     ] = False,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, with the ids of SentencePiece, beside a copy of the model."""
-    from grok1.conversion.tokenizer import convert_tokenizer
+    from grok1.conversion.tokenizer import change_decoder, convert_tokenizer
 
-    convert_tokenizer(tokenizer_model, out, vocab_size, continuations=continuations)
+    if source.is_dir():
+        if out is not None or vocab_size is not None:
+            raise typer.BadParameter("a folder is changed where it is: give --continuations alone, or a file.")
+        change_decoder(source, continuations=continuations)
+        typer.echo(f"{source}: tokenizer.json, decoding {'continuations' if continuations else 'whole texts'}")
+        return
+    if out is None:
+        raise typer.BadParameter("expected a folder to write to after the file.")
+    convert_tokenizer(source, out, vocab_size, continuations=continuations)
     typer.echo(f"{out}: tokenizer.model, tokenizer.json, tokenizer_config.json")

@@ -1,169 +1,238 @@
-"""Generation for requests: one at a time, or batched with sampling parameters per request."""
+"""Generation for requests, one at a time.
+
+The loop is our own, not `model.generate`: it ends between two steps when the client leaves, gives log-probabilities of
+prompt and answer from the same passes, and draws from a random stream of each request. The sampling is Transformers'.
+"""
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import threading
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from fastapi import HTTPException
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.cli.serving.utils import BaseGenerateManager, CBGenerateManager, GenerateManager, GenerationState
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 SHUTTING_DOWN = "The server is shutting down."
+# Tokens of a prompt in one forward pass: bounds its activations, and the time until a client that left is noticed.
+PREFILL = 512
 
 
-class ContextLimit(BaseGenerateManager):
-    """Limits a request to the context before Transformers' manager generates."""
-
-    def context(self, model: PreTrainedModel) -> int:
-        """Tokens that prompt and completion may have together."""
-        return model.config.max_position_embeddings
-
-    def prepare(
-        self, model: PreTrainedModel, inputs: dict[str, Any], generation_config: GenerationConfig, request_id: str
-    ) -> None:
-        """Limit the completion to the context. Raises 400 if the prompt is empty or leaves no room."""
-        ids = inputs["input_ids"]
-        length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-        context = self.context(model)
-        if length == 0:
-            raise HTTPException(400, "The prompt is empty: expected at least one token.")
-        if length >= context:
-            raise HTTPException(
-                400,
-                f"The context is {context} tokens, prompt and answer together, and the prompt alone has {length}. "
-                "Shorten it.",
-            )
-        room, asked = context - length, generation_config.max_new_tokens
-        generation_config.max_new_tokens = room if asked is None else min(asked, room)
-
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
-    ) -> Any:
-        self.prepare(model, inputs, gen_config, request_id)
-        return super().generate_streaming(  # type: ignore[safe-super]
-            model, processor, inputs, gen_config, request_id, response_parser
-        )
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, Any]:
-        self.prepare(model, inputs, gen_config, request_id)
-        return await super().generate_non_streaming(  # type: ignore[safe-super]
-            model, processor, inputs, gen_config, request_id
-        )
+class UnavailableError(Exception):
+    """The engine cannot serve a request now."""
 
 
-class Sequential(ContextLimit, GenerateManager):
-    """One request at a time."""
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, as OpenAI defines the parameters. Temperature 0 is greedy; top_k 0 is all tokens."""
 
-    def stop(self) -> None:
-        """Wait for the current step: a thread that is killed within torch kills the process."""
-        self.submit(lambda: None).result()
-
-
-class Batched(ContextLimit, CBGenerateManager):
-    """Continuous batching, each request with its own temperature, top_k and top_p.
-
-    Transformers' manager samples every request with the parameters of the first. Its continuous batching supports
-    parameters per request once the shared configuration makes it create a processor for each of the three.
-    """
-
-    def __init__(self, config: ContinuousBatchingConfig | None):
-        super().__init__(config)
-        self._sampling: dict[str, dict[str, Any]] = {}
-        self._stopped = False
-
-    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
-        if self._cb is not None:
-            return
-        shared = copy.deepcopy(model.generation_config)
-        shared.update(do_sample=True, temperature=0.5, top_k=model.config.vocab_size, top_p=0.5, use_cache=False)
-        super().init_cb(model, shared)
-        batches: Any = self._cb
-        add_request = batches.add_request
-
-        def add_with_sampling(input_ids: list[int], *, request_id: str, **kwargs: Any) -> str | None:
-            return add_request(input_ids, request_id=request_id, **self._sampling.pop(request_id), **kwargs)
-
-        batches.add_request = add_with_sampling
-
-    def context(self, model: PreTrainedModel) -> int:
-        # A request larger than the whole cache would end the batching thread.
-        batches: Any = self._cb
-        sizes = batches.continuous_batching_config
-        if sizes.num_blocks is None:  # the cache is not allocated yet
-            return super().context(model)
-        return min(super().context(model), sizes.page_size * sizes.num_blocks)
-
-    def prepare(
-        self, model: PreTrainedModel, inputs: dict[str, Any], generation_config: GenerationConfig, request_id: str
-    ) -> None:
-        super().prepare(model, inputs, generation_config, request_id)
-        sampling = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}  # greedy
-        if generation_config.do_sample:
-            vocabulary = model.config.vocab_size
-            sampling = {
-                "temperature": float(generation_config.temperature or 1.0),
-                "top_k": min(generation_config.top_k or vocabulary, vocabulary),
-                "top_p": 1.0 if generation_config.top_p is None else float(generation_config.top_p),
-            }
-        self._sampling[request_id] = sampling
-
-    async def generate_non_streaming(self, *args: Any, **kwargs: Any) -> tuple[str, int, Any]:
-        try:
-            return await super().generate_non_streaming(*args, **kwargs)
-        except RuntimeError:
-            if self._stopped:
-                raise HTTPException(503, SHUTTING_DOWN) from None
-            raise
-
-    def stop(self) -> None:
-        self._stopped = True
-        if self._cb is not None:
-            self._cb.stop(hard_stop=True)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
 
 
-def batching_config(model: PreTrainedModel, **sizes: Any) -> ContinuousBatchingConfig:
-    """The cache and the batch of continuous batching.
+@dataclass(frozen=True)
+class Job:
+    """One sequence to generate.
 
     Args:
-        sizes: arguments of `ContinuousBatchingConfig`. Transformers' default is most of the free memory. On a CPU,
-            where that is most of the machine's, the default here is eight sequences of the whole context.
+        prompt: token ids, at least one.
+        max_tokens: new tokens at most; the end-of-text token ends it earlier.
+        alternatives: the number of most likely tokens to report with each token's log-probability; None: neither.
+        echo: report the prompt's tokens, before the new ones. Only with `alternatives`.
     """
-    if model.device.type == "cpu" and "max_memory_percent" not in sizes:
-        page = sizes.setdefault("page_size", min(256, model.config.max_position_embeddings))
-        sizes.setdefault("num_blocks", 8 * model.config.max_position_embeddings // page)
-        sizes.setdefault("max_batch_tokens", 256)
-    return ContinuousBatchingConfig(per_request_processors=True, **sizes)
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    alternatives: int | None = None
+    echo: bool = False
 
 
-class ServerState(GenerationState):
-    """Creates the managers above, and refuses work after shutdown."""
+@dataclass(frozen=True)
+class Token:
+    """A token, its natural log-probability before sampling, and the most likely ones in its place.
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.stopping = threading.Event()
+    Both are None or empty where they were not asked for, and for the first token of a prompt.
+    """
 
-    def check_running(self, *_: Any) -> None:
-        """Raises 503 after shutdown; called before every forward pass."""
-        if self.stopping.is_set():
-            raise HTTPException(503, SHUTTING_DOWN)
+    id: int
+    logprob: float | None = None
+    likely: tuple[tuple[int, float], ...] = ()
 
-    def shutdown(self) -> None:
-        """Abort generation and wait for the current step."""
-        self.stopping.set()
-        for manager in [*self._generate_managers.values(), self._cb_manager]:
-            if manager is not None:
-                manager.stop()
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        self.check_running()
-        if use_cb:
-            self._cb_manager = self._cb_manager or Batched(self._cb_config)
-            return self._cb_manager
-        if model_id not in self._generate_managers:
-            self._generate_managers[model_id] = Sequential()
-        return self._generate_managers[model_id]
+class Engine(Protocol):
+    """What generates."""
+
+    def refusals(self, job: Job) -> list[str]:
+        """The parameters of a job that this engine does not have."""
+
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+    def generate(self, job: Job) -> AsyncIterator[Token]:
+        """The job's tokens. Closing the iterator ends the generation. Raises UnavailableError, RuntimeError."""
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether requests are served, and what /health says beside that."""
+
+    def stop(self) -> None:
+        """End all generation with UnavailableError and wait for the current step."""
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The ids that end a text."""
+    found = model.generation_config.eos_token_id
+    return set() if found is None else set(found if isinstance(found, list) else [found])
+
+
+class Chooser:
+    """Chooses the next token from the logits (vocabulary,) of one sequence."""
+
+    def __init__(self, sampling: Sampling, device: torch.device):
+        self.sampling, self.generator = sampling, None
+        self.counts: dict[int, int] = {}
+        if sampling.temperature == 0:
+            return
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(torch.seed() if sampling.seed is None else sampling.seed)
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        scores = logits.float()
+        adjustments = dict(self.sampling.logit_bias)
+        for token, count in self.counts.items():
+            penalty = self.sampling.frequency_penalty * count + self.sampling.presence_penalty
+            adjustments[token] = adjustments.get(token, 0.0) - penalty
+        if adjustments:
+            scores = scores.clone()
+            ids = torch.tensor(list(adjustments), device=scores.device)
+            scores[ids] += torch.tensor(list(adjustments.values()), device=scores.device)
+        if self.generator is None:
+            chosen = int(scores.argmax())
+        else:
+            none: Any = None  # these do not look at the ids
+            probabilities = self.warpers(none, scores[None]).softmax(-1)
+            chosen = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        if self.sampling.frequency_penalty or self.sampling.presence_penalty:
+            self.counts[chosen] = self.counts.get(chosen, 0) + 1
+        return chosen
+
+
+def scored(logits: torch.Tensor, ids: torch.Tensor, alternatives: int) -> Iterator[Token]:
+    """The tokens `ids` (N,) with their log-probabilities by `logits` (N, vocabulary)."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    top = logprobs.topk(alternatives)
+    for token, logprob, values, indices in zip(
+        ids.tolist(), own, top.values.tolist(), top.indices.tolist(), strict=True
+    ):
+        yield Token(token, logprob, tuple(zip(indices, values, strict=True)))
+
+
+@torch.inference_mode()
+def decode(model: Any, job: Job, check: Callable[[], None]) -> Iterator[Token]:
+    """The tokens of a job, one after the other. `check` is called before every forward pass and may raise."""
+    cache, length, ends = DynamicCache(config=model.config), len(job.prompt), end_tokens(model)
+    ids = torch.tensor([job.prompt], device=model.device)
+    attended = torch.ones(1, length + job.max_tokens, dtype=torch.long, device=model.device)
+    done = 0
+
+    def step(inputs: torch.Tensor, keep: int) -> torch.Tensor:
+        nonlocal done
+        check()
+        done += inputs.shape[1]
+        output = model(inputs, attention_mask=attended[:, :done], past_key_values=cache, logits_to_keep=keep)
+        logits: torch.Tensor = output.logits[0]
+        if logits[-1].isnan().any():
+            raise RuntimeError("The model's logits are not numbers: its weights are damaged.")
+        return logits
+
+    if job.echo:
+        yield Token(job.prompt[0])
+    for chunk in ids.split(PREFILL, dim=1):
+        logits = step(chunk, 0 if job.echo else 1)
+        if job.echo:
+            following = ids[0, done - chunk.shape[1] + 1 : done + 1]
+            yield from scored(logits[: len(following)], following, job.alternatives or 0)
+    choose = Chooser(job.sampling, logits.device)
+    for left in reversed(range(job.max_tokens)):
+        chosen = torch.tensor([choose(logits[-1])], device=logits.device)
+        yield from [Token(int(chosen))] if job.alternatives is None else scored(logits[-1:], chosen, job.alternatives)
+        if int(chosen) in ends or left == 0:
+            return
+        logits = step(chosen[None].to(model.device), 1)
+
+
+class Sequential:
+    """One request at a time, in a thread of its own."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._stopping = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generation")
+
+    def refusals(self, job: Job) -> list[str]:
+        return []
+
+    def context(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    async def generate(self, job: Job) -> AsyncIterator[Token]:
+        if self._stopping.is_set():
+            raise UnavailableError(SHUTTING_DOWN)
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+        left = threading.Event()
+
+        def put(item: Token | Exception | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        running = self._thread.submit(self._run, job, put, left)
+        try:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            left.set()
+            running.cancel()
+
+    def _run(self, job: Job, put: Callable[[Token | Exception | None], None], left: threading.Event) -> None:
+        def check() -> None:
+            if self._stopping.is_set() or left.is_set():
+                raise UnavailableError(SHUTTING_DOWN)
+
+        try:
+            for token in decode(self.model, job, check):
+                put(token)
+            put(None)
+        except Exception as error:
+            put(error)
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        return True, {}
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.shutdown(wait=True)

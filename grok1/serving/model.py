@@ -5,25 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException
-from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.cli.serving.model_manager import ModelManager
+from jinja2 import TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from grok1.loading import load_model
+from grok1.loading import load_model, load_tokenizer
 from grok1.precision import AUTO
 from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
 
-class FolderManager(ModelManager):
-    """One model, loaded from a folder at start and kept.
+# What the server itself gives to a chat template. A request may set the template's other variables.
+OWN_VARIABLES = frozenset({
+    "add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "pad_token", "raise_exception",
+    "strftime_now", "tools", "unk_token",
+})  # fmt: skip
+
+
+class ServedModel:
+    """One model and its tokenizer.
 
     Args:
         folder: with config.json, tokenizer.json and safetensors.
+        name: for clients; default: the folder's.
         chat_template: a Jinja file to use instead of the folder's own template.
         precision: as in `grok1.precision.loading_options`.
-        model_kwargs: for `from_pretrained`, such as `experts_on`.
-        options: of Transformers' `ModelManager`: device, attn_implementation, continuous_batching.
+        options: further arguments of `from_pretrained`: device_map, attn_implementation, experts_on.
 
     Raises:
         ValueError, OSError: the folder cannot be loaded, or an option has no such value.
@@ -33,49 +38,61 @@ class FolderManager(ModelManager):
         self,
         folder: Path,
         *,
+        name: str | None = None,
         chat_template: Path | None = None,
         precision: str = AUTO,
-        model_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ):
-        super().__init__(**options)
-        self.folder, self.chat_template = folder, chat_template
-        self.precision, self.model_kwargs = precision, model_kwargs or {}
-        self.name = self.force_model = folder.resolve().name
-        self.model_timeout = -1  # never unloaded
-        self.model, self.tokenizer = self.load_model_and_processor(self.name)
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.tokenizer = served_tokenizer(folder, chat_template)
+        self.template_variables = template_variables(self.tokenizer.chat_template)
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+        self.model = load_model(folder, precision, **options)
 
-    def process_model_name(self, model_id: str | None) -> str:  # type: ignore[override]
-        """The name of the model, which a request may omit. Raises 404 for another model."""
-        if model_id not in (None, self.name, str(self.folder), str(self.folder.resolve())):
-            raise HTTPException(404, f"This server has one model, {self.name!r}; found {model_id!r} in the request.")
-        return self.name
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for `name` is for this model. A request may leave it out."""
+        return name in (None, self.name, str(self.folder), str(self.folder.resolve()))
 
-    def shutdown(self) -> None:
-        """Do nothing: the model stays loaded until the process ends, also after a POST to /reset."""
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Releases Python's lock; not for several threads at once."""
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode_batch_fast([text])[0].ids
+        return ids
 
-    def get_gen_models(self) -> list[dict[str, Any]]:
+    def described(self) -> dict[str, Any]:
+        """The entry of /v1/models, with the context as vLLM gives it."""
         created = int((self.folder / "config.json").stat().st_mtime)
-        return [{"id": self.name, "object": "model", "created": created, "owned_by": "local"}]
+        context = self.model.config.max_position_embeddings
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "local",
+            "max_model_len": context,
+        }
 
-    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
-            try:
-                tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-            except TemplateSyntaxError as error:
-                raise ValueError(f"{self.chat_template}, line {error.lineno}: {error.message}") from None
-            except TemplateError:
-                pass  # the template expects another kind of chat
-        return continuation_tokenizer(tokenizer)  # an answer continues its prompt
 
-    def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        # Transformers' manager only looks for the architecture among its own classes.
-        return load_model(
-            self.folder,
-            self.precision,
-            attn_implementation=self.attn_implementation,
-            device_map=self.device,
-            **self.model_kwargs,
-        )
+def served_tokenizer(folder: Path, chat_template: Path | None) -> Any:
+    """The folder's tokenizer, made for continuations, with another chat template where one is given."""
+    tokenizer: Any = load_tokenizer(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"{chat_template}, line {error.lineno}: {error.message}") from None
+        except TemplateError:
+            pass  # the template expects another kind of chat
+    tokenizer = continuation_tokenizer(tokenizer)  # an answer continues its prompt
+    tokenizer("")  # sets the state of the tokenizers library, which `encode` then only reads
+    return tokenizer
+
+
+def template_variables(template: str | None) -> frozenset[str]:
+    """The variables of a chat template that a request may set."""
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        found = meta.find_undeclared_variables(environment.parse(template or ""))
+    except TemplateError:  # with tags of Transformers
+        return frozenset()
+    return frozenset(found) - OWN_VARIABLES

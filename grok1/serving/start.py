@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from grok1.errors import ConversionError
-from grok1.loading import check_weights
+from grok1.loading import check_device_map, check_folder
+from modeling_grok1.sizes_grok1 import parse_size
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Settings:
         attn_implementation: as in `from_pretrained`.
         continuous_batching: batch requests.
         sizes: for `batching_config`.
+        name: of the model, for clients; None: the folder's.
+        hosts: further names of the Host header, as in `grok1.serving.http.Limits`; so are the next three.
+        api_key: clients must send it.
+        max_body: largest request, such as "4MB".
+        max_waiting: choices under way.
         enable_cors: allow requests from web pages of any origin.
         log_level: error, warning, info or debug.
     """
@@ -36,23 +43,31 @@ class Settings:
     attn_implementation: str | None = None
     continuous_batching: bool = False
     sizes: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    hosts: tuple[str, ...] = ()
+    api_key: str | None = None
+    max_body: str = "4MB"
+    max_waiting: int = 256
     enable_cors: bool = False
     log_level: str = "warning"
 
 
 def check_settings(settings: Settings) -> None:
     """Raise ImportError without the extra `serve`, or ConversionError with all that is wrong with the settings."""
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        raise ImportError("The server needs FastAPI, Uvicorn and openai: `pip install 'modeling-grok1[serve]'`.")
-    files = [settings.folder / name for name in ("config.json", "tokenizer.json")]
-    problems = [f"{path}: not there" for path in files if not path.is_file()]
+    missing = [name for name in ("starlette", "uvicorn", "pydantic") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"The server needs {', '.join(missing)}: `pip install 'modeling-grok1[serve]'`.")
+    problems = []
     if settings.sizes and not settings.continuous_batching:
         problems.append("--cb-...: has no effect without --continuous-batching")
+    try:
+        parse_size(settings.max_body, "--max-body")
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
-        raise ConversionError("Cannot serve.", problems, "`grok1 convert CKPT OUT` makes a folder.")
-    check_weights(settings.folder)
+        raise ConversionError("Cannot serve.", problems)
+    check_folder(settings.folder)
+    check_device_map(settings.device_map)
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -72,21 +87,24 @@ def start(settings: Settings, bound: socket.socket, ready: Callable[[str], None]
     from transformers.utils import logging
 
     from grok1.serving import server
-    from grok1.serving.generation import batching_config
-    from grok1.serving.model import FolderManager
+    from grok1.serving.batching import batching_config
+    from grok1.serving.http import Limits
+    from grok1.serving.model import ServedModel
 
     logging.set_verbosity(logging.log_levels[settings.log_level])
-    manager = FolderManager(
+    served = ServedModel(
         settings.folder,
+        name=settings.name,
         chat_template=settings.chat_template,
         precision=settings.precision,
-        model_kwargs=settings.model_kwargs,
-        device=settings.device_map,
+        device_map=settings.device_map,
         attn_implementation=settings.attn_implementation,
-        continuous_batching=settings.continuous_batching,
+        **settings.model_kwargs,
     )
-    batching = batching_config(manager.model, **settings.sizes) if settings.continuous_batching else None
-    app = server.build_app(manager, batching=batching, enable_cors=settings.enable_cors)
+    batching = batching_config(served.model, **settings.sizes) if settings.continuous_batching else None
+    max_body = parse_size(settings.max_body, "max_body")
+    limits = Limits(settings.hosts, settings.api_key, max_body, settings.max_waiting)
+    app = server.build_app(served, batching=batching, limits=limits, enable_cors=settings.enable_cors)
     bound.listen()
-    ready(manager.name)
+    ready(served.name)
     server.run(app, bound, log_level=settings.log_level)

@@ -64,8 +64,8 @@ def run_command(request: Request, parallel: str) -> str:
         nodes = f"--nnodes {gpus.nodes} --rdzv-backend c10d --rdzv-id grok1 --rdzv-endpoint HOST:29500 "
     sizes = {"tp": f"--tp {count}", "ep": f"--tp {count} --ep {count}", "pp": f"--pp {count}"}[parallel]
     options = f"{sizes} --dtype {request.row.dtype} --prefill-chunk {request.chunk}"
-    example = f"examples/generate_distributed.py {request.folder} {options}"
-    return f'{folder_comment(request)}torchrun {nodes}--nproc-per-node {gpus.per_node} {example} "{PROMPT}"'
+    launcher = f"-m grok1.distributed {request.folder} {options}"
+    return f'{folder_comment(request)}torchrun {nodes}--nproc-per-node {gpus.per_node} {launcher} "{PROMPT}"'
 
 
 def vllm_command(request: Request) -> str | None:

@@ -149,7 +149,7 @@ def layer_activations(config: GrokConfig, dtype: str, chunk: int, batch: int = 1
         cache.update(before, before, 0)
     tokens = torch.zeros(batch, chunk, dtype=torch.long, device="meta")
     peak = peak_bytes(
-        lambda: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1),
+        lambda: model(tokens, cache=cache, use_cache=True, logits_to_keep=1),
         given=[tokens, *model.parameters(), *model.buffers()],
     )
     layer: Any = cache.layers[0]

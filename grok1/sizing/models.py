@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grok1.downloads import check_is_grok1, is_repository, read_config
 from grok1.precision import find_precision, stored_precision
 
 
@@ -44,24 +45,29 @@ class Model:
 
 
 def find_model(name: str | None) -> Model:
-    """The folder `name`, or else the preset of that name; None: the release.
+    """The folder, repository (USER/NAME) or preset of that name; None: the release.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is none, or it holds no Grok-1.
     """
     from grok1.configuration import load_preset, preset_names
+    from grok1.conversion.inputs import refuse_grok2_folder
     from modeling_grok1 import GrokConfig
 
     if name is None:
         return Model("the released Grok-1", load_preset(RELEASE), None, None)
     folder = Path(name)
+    if is_repository(folder):
+        check_is_grok1(name)
+        folder = read_config(name).parent
     if (folder / "config.json").is_file():
+        refuse_grok2_folder(folder)
         config = GrokConfig.from_pretrained(folder)
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
-        return Model(str(folder), config, folder, stored_precision(folder) or dtype)
+        return Model(name, config, Path(name), stored_precision(folder) or dtype)
     if name in preset_names():
         return Model(f"the preset {name}", load_preset(name), None, None)
     raise ValueError(
-        f"{name}: expected a converted folder with config.json, or a preset ({', '.join(preset_names())}), "
-        "found neither."
+        f"{name}: expected a converted folder with config.json, USER/NAME on the hub, or a preset "
+        f"({', '.join(preset_names())}), found none of them."
     )

@@ -25,7 +25,7 @@ from grok1.errors import ConversionError
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = (
     *("demo", "convert", "inspect", "verify", "tokenizer", "adopt", "export-xai"),
-    *("plan", "generate", "serve", "eval", "routing"),
+    *("plan", "generate", "serve", "eval", "routing", "curves"),
     *("card", "push"),
 )
 GROK1 = (sys.executable, "-m", "grok1")
@@ -136,9 +136,66 @@ def test_the_real_command_in_a_pipe():
     assert "\x1b" not in refused.stderr and len(refused.stderr.splitlines()) == 2
 
 
-def test_completion_of_commands_in_the_shell():
-    done = grok1(_GROK1_COMPLETE="complete_bash", COMP_WORDS="grok1 ca", COMP_CWORD="1")
-    assert done.stdout.split() == ["card"]
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("grok1 ca", ["card"]),
+        ("grok1 convert --dt", ["--dtype"]),
+        ("grok1 convert --dtype i", ["int8", "int4"]),
+        ("grok1 eval --precision nf4", ["nf4", "nf4-double"]),
+    ],
+)
+def test_completion_in_the_shell(words, expected):
+    """Commands, options and values, without loading torch."""
+    environment = {"_GROK1_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = grok1(**environment)
+    assert done.stdout.split() == expected
+    code = "import sys\ntry:\n    from grok1.cli import main; main()\nfinally:\n    print(*sys.modules)"
+    variables = {**os.environ, **environment}
+    loaded = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert set(loaded.stdout.split()).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_ctrl_c_says_one_true_line(name, monkeypatch):
+    """At any time, also while the command's module is imported."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(COMMANDS[name]), "load", interrupted)
+    result = CliRunner().invoke(app, [name, "x"])
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr == f"Interrupted: {COMMANDS[name].interrupted}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "grok-1", "out", "--max-shard-size", "5"], "expected a size with a unit, such as 5GB"),
+        (["adopt", ".", "out", "--max-shard-size", "5"], "expected a size with a unit, such as 5GB"),
+        (["push", ".", "name", "--dry-run"], "expected USER/NAME, found 'name'"),
+        (["convert", "grok-1", "out", "--push-to", "name", "--dry-run"], "expected USER/NAME, found 'name'"),
+        (["card", "user/name"], "hf download user/name --local-dir name"),
+        (["inspect", "nothing-here"], "expected a folder, found nothing"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_before_anything_is_done(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2 and message in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_help_is_cut_nowhere(name, columns):
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": columns, "TERM": "dumb"})
+    assert "…" not in shown.stdout
+    for param in COMMANDS[name].load().params:
+        for option in param.opts:
+            if option.startswith("--"):
+                assert option in shown.stdout, option
 
 
 def test_version():
@@ -176,7 +233,7 @@ STOPPED = "3 of 5 shards are done; the same command goes on."
             "Internal error (RuntimeError): shape\nThis is a bug. `grok1 --debug work ...` prints the traceback.\n",
         ),
         (KeyboardInterrupt(STOPPED), 130, f"Interrupted: {STOPPED}\n"),
-        (KeyboardInterrupt(), 130, "Interrupted.\nNo unfinished file has its final name.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
         (typer.Exit(1), 1, ""),
         (typer.BadParameter("no"), 2, None),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_demo_keeps_the_folder_when_asked(tmp_path):
     assert "kept" in grok1("demo", "--out", tmp_path, code=2)  # not empty
 
 
+def test_demo_copies_its_checkpoint_when_asked(tmp_path):
+    output = grok1("demo", "--checkpoint", tmp_path / "grok-1", "--out", tmp_path / "hf")
+    assert {path.name for path in (tmp_path / "grok-1").iterdir()} == {"ckpt-0", "config.json", "tokenizer.model"}
+    assert f"grok1 convert {tmp_path / 'grok-1'} OUT" in output
+    assert "50 of 50 files are sound" in grok1("inspect", tmp_path / "grok-1")
+    assert "bit-identical" in grok1("verify", tmp_path / "hf", "--against", tmp_path / "grok-1")
+    assert "expected no such folder" in grok1("demo", "--checkpoint", tmp_path / "grok-1", code=2)
+
+
 def test_demo_fails_when_a_word_is_wrong(tmp_path, monkeypatch):
     """The verdict is measured: with another passage to compare with, it is no longer word for word."""
     shutil.copytree(DEMO, tmp_path / "demo")
@@ -87,7 +98,7 @@ def test_generate_samples_with_a_seed(folder):
 
 def test_generate_says_what_is_wrong(folder, tmp_path):
     output = grok1("generate", DEMO, "x", code=2)
-    assert "tokenizer.json: not there" in output.replace("\n", "")
+    assert "this is xAI's own checkpoint" in output and "`grok1 convert" in output
     output = grok1("generate", folder, "x", "--top-k", 5, "--top-p", 0.5, code=2)
     assert "--top-k" in output and "--top-p" in output
     assert "found 'int7'" in " ".join(grok1("generate", folder, "x", "--precision", "int7", code=2).split())
@@ -95,6 +106,14 @@ def test_generate_says_what_is_wrong(folder, tmp_path):
     output = grok1("generate", folder, "x", "--max-new-tokens", 511, code=2)
     assert "expected at most 512, found 2 of the prompt and 511" in output
     assert "grok1 convert" in grok1("generate", tmp_path, "x", code=2)
+
+
+def test_routing_in_a_process_of_its_own_asks_nothing(folder, tmp_path):
+    """The folder's own code is not run, and Transformers does not ask whether to."""
+    (tmp_path / "text.txt").write_text(OPENING)
+    words = [sys.executable, "-m", "grok1", "routing", str(folder), "--text", str(tmp_path / "text.txt")]
+    done = subprocess.run(words, input="", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("text.txt: ") and "[y/N]" not in done.stdout + done.stderr
 
 
 def test_tokenizer_writes_three_files(tmp_path):

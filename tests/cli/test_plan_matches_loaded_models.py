@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from grok1.cli import app as grok1_app
 from grok1.cli.plan import plan_command
+from grok1.distributed import arguments
 from grok1.sizing.commands import vllm_command
 from grok1.sizing.hardware import CARDS, GB, Gpus, parse_macs
 from grok1.sizing.mac import mac_plans
@@ -94,7 +95,7 @@ def test_weights_cache_and_activations_are_those_of_a_loaded_model(folder, preci
     assert share.cache == pytest.approx(full, rel=0.05)
     assert share.free == 80 * GB - RESERVED - share.weights - share.cache - share.activations
     if precision in ("float32", "bfloat16"):
-        # The peak is in the last layer, when every layer's cache has been written anew.
+        # The peak is in the last layer, when every layer's cache has been written again.
         assert share.activations == pytest.approx(peak - full, rel=0.05)
 
 
@@ -327,7 +328,7 @@ def test_the_device_map_of_a_pasted_command_is_the_table(folder, count):
         ("2x2x80GB", "pp", ["--nnodes", "2", "--nproc-per-node", "2", "--pp", "4"]),
     ],
 )
-def test_the_torchrun_command_is_one_that_the_example_understands(folder, monkeypatch, gpus, parallel, wanted):
+def test_the_torchrun_command_is_one_that_the_launcher_understands(folder, monkeypatch, gpus, parallel, wanted):
     plan = make_plan(
         Request(
             GrokConfig(**LARGER),
@@ -341,11 +342,9 @@ def test_the_torchrun_command_is_one_that_the_example_understands(folder, monkey
     assert words[0] == "torchrun"
     assert " ".join(wanted[-2:]) in plan.command
     assert set(wanted) <= set(words)
-    script = words.index("examples/generate_distributed.py")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setattr(sys, "argv", words[script:])
-    from generate_distributed import arguments
-
+    assert words[words.index("-m") :][:2] == ["-m", "grok1.distributed"]
+    monkeypatch.setattr(sys, "argv", words[words.index("-m") + 1 :])
+    monkeypatch.setenv("LOCAL_RANK", "0")
     parsed = arguments()
     assert (parsed.folder, parsed.prompt) == (str(folder), "The answer to life")
     assert parsed.tp * parsed.pp == 4

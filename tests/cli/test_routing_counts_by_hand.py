@@ -11,8 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from grok1.analysis.curves import curves_figure
 from grok1.analysis.figures import PALETTE, routing_figure, save_figure
-from grok1.analysis.page import routing_page, span
+from grok1.analysis.page import ink, routing_page
 from grok1.analysis.routing import RoutingStatistics, load_bars, readable, routing_statistics
 from grok1.cli import app
 from modeling_grok1 import Grok1ForCausalLM, GrokConfig
@@ -110,7 +111,11 @@ def test_a_row_longer_than_the_context_is_refused(model):
 
 def test_bars_for_a_terminal(four_tokens):
     # 3/8 is 1.5 of an even share, 1/8 half of one; a full block is twice the even share.
-    assert load_bars(four_tokens) == "layer  0 ▕▆ ▂ ▆ ▂▏"
+    assert load_bars(four_tokens).splitlines() == [
+        "expert   ▕0 1 2 3▏",
+        "layer  0 ▕▆ ▂ ▆ ▂▏",
+        "▄ = 25 % of the layer's assignments, the uniform share; █ = 50 % or more",
+    ]
 
 
 def test_the_picture_has_the_same_bytes_every_time(model, tmp_path):
@@ -121,9 +126,9 @@ def test_the_picture_has_the_same_bytes_every_time(model, tmp_path):
             save_figure(figure, tmp_path / f"{name}{suffix}")
         data = (tmp_path / f"a{suffix}").read_bytes()
         assert data.startswith(magic)
+        assert data == (tmp_path / f"b{suffix}").read_bytes()
         if suffix == ".png":
-            assert data == (tmp_path / "b.png").read_bytes()
-            assert int.from_bytes(data[16:20], "big") == 1000, "as wide as a README"
+            assert int.from_bytes(data[16:20], "big") == 2000, "200 dpi"
     with pytest.raises(ValueError, match=r"ends in \.png"):
         save_figure(figure, tmp_path / "picture.gif")
 
@@ -131,11 +136,11 @@ def test_the_picture_has_the_same_bytes_every_time(model, tmp_path):
 def test_the_picture_shows_the_numbers(four_tokens):
     figure = routing_figure(four_tokens, ["a", " b", "\n", "a long token"], "Title")
     axes = {axis.get_title(): axis for part in figure.subfigs for axis in part.axes}
-    load = axes["Expert load (% of a layer's assignments)"]
+    load = axes["Expert load: share of a layer's\nassignments (%, white = uniform)"]
     assert load.images[0].get_array().tolist() == [[37.5, 12.5, 37.5, 12.5]]
     assert [text.get_text() for text in load.texts] == ["38%", "12%", "38%", "12%"]
-    assert axes["Router entropy (bits)"].lines[0].get_xdata().tolist() == [1.0]
-    strip = axes["Top-1 expert of each token of a passage"]
+    assert axes["Router entropy: mean\nover the tokens (bits)"].lines[0].get_xdata().tolist() == [1.0]
+    strip = axes["Top-1 expert of each token of a passage (colour = expert)"]
     assert strip.images[0].get_array().tolist() == [[0, 2, 0, 3]]
     assert [label.get_text() for label in strip.get_xticklabels()] == ["a", "·b", "⏎", "a·long·to…"]
     assert figure.get_suptitle() == "Title"
@@ -144,13 +149,15 @@ def test_the_picture_shows_the_numbers(four_tokens):
 def test_the_pages_colours_are_those_of_the_experts(four_tokens):
     page = routing_page(four_tokens, ["<b>", "x", "&", "é"], 'a "title"')
     text = re.search(r"<details open>.*?<p>(.*?)</p>", page, re.S)[1]
-    spans = re.findall(r'background:(#\w+);color:(#\w+)" title="([^"]*)">(.*?)<sub>(\d)</sub>', text)
-    assert [colour for colour, *_ in spans] == [PALETTE[e] for e in (0, 2, 0, 3)]
+    spans = re.findall(r'class="e(\d)" title="([^"]*)">(.*?)<sub>(\d)</sub>', text)
+    assert [int(number) for number, *_ in spans] == [0, 2, 0, 3]
+    for number, colour in enumerate(PALETTE):
+        assert f".e{number} {{ background: {colour}; color: {ink(colour)}; }}" in page
     assert [html.unescape(token) for *_, token, _ in spans] == ["<b>", "x", "&", "é"]
     assert [int(number) for *_, number in spans] == [0, 2, 0, 3]
-    assert spans[0][2] == "experts 0 (0.50), 2 (0.25)"
+    assert spans[0][1] == "experts 0 (0.50), 2 (0.25)"
     assert "<script" not in page and "a &quot;title&quot;" in page
-    assert "experts 0 and 2 together for 50% of the tokens" in page
+    assert "most frequent pair 0 and 2, 50% of the tokens" in page
 
 
 def test_pieces_are_shown_as_text():
@@ -174,9 +181,33 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_the_writing_on_every_colour_can_be_read():
-    for expert, colour in enumerate(PALETTE):
-        ink = re.search(r"color:(#\w+)\"", span("x", expert, "h"))[1]
-        assert contrast(colour, ink) >= 4.5, colour
+    for colour in PALETTE:
+        assert contrast(colour, ink(colour)) >= 4.5, colour
+
+
+def test_the_page_is_bounded_for_many_layers(four_tokens):
+    """64 layers of 2,048 tokens: at most 5 MB, and the page says how much of the text it shows."""
+    experts = np.tile(four_tokens.experts, (64, 512, 1))
+    gates = np.tile(four_tokens.gates, (64, 512, 1))
+    entropy = np.tile(four_tokens.token_entropy, (64, 512))
+    page = routing_page(RoutingStatistics(experts, gates, entropy, 4), ["a token"] * 2048, "64 layers")
+    assert len(page.encode()) < 5_000_000 and page.count("<details") == 64
+    assert "The first 512 of 2,048 tokens" in page and page.count("<sub>") == 64 * 512
+
+
+def test_the_curves_of_a_training_run(tmp_path):
+    log = [{"step": n, "loss": 5 - n / 10, "aux_loss": 2 + 1 / n} for n in range(1, 6)] + [{"step": 5, "eval_loss": 4}]
+    figure = curves_figure(log, 2, 8)
+    loss, balance = figure.axes
+    assert [line.get_ydata()[-1] for line in loss.lines] == [4.5, 4]
+    assert list(balance.lines[0].get_ydata()) == [2 + 1 / n for n in range(1, 6)]
+    assert balance.get_xlabel() == "step; 2 = uniform load, 8 = the same experts for every token"
+    with pytest.raises(ValueError, match="expected entries with `loss`, found none"):
+        curves_figure([{"step": 1, "train_runtime": 3.0}])
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 5, "epoch": 1.0, "log_history": log}))
+    result = CliRunner().invoke(app, ["curves", str(tmp_path), "--out", str(tmp_path / "c.svg")])
+    assert result.exit_code == 0 and "6 log entries. 5 steps, 1.00 epochs." in result.stdout
+    assert (tmp_path / "c.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_without_matplotlib_the_next_step_is_named(four_tokens, monkeypatch):
@@ -211,7 +242,7 @@ def test_the_command(model, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--html", str(page), "--passage", "8"])
     assert result.exit_code == 0, result.output
     assert out.read_bytes().startswith(b"\x89PNG") and page.read_text().count("<details") == 3
-    assert "33 tokens through 3 layers" in result.stdout and result.stdout.count("▕") == 3
+    assert "33 tokens through 3 layers" in result.stdout and result.stdout.count("▕") == 4
     Path(tmp_path / "text.txt").write_text("")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "found an empty file" in result.stderr

@@ -2,6 +2,7 @@
 
 import sys
 import unittest
+from unittest import mock
 
 from fetch import fetch
 
@@ -12,6 +13,7 @@ for _name in [name for name in sys.modules if name == "tests" or name.startswith
 
 import stand_ins  # noqa: E402  (before the mixins: they import what it stands in for)
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 from modeling_grok1 import (  # noqa: E402
@@ -21,6 +23,7 @@ from modeling_grok1 import (  # noqa: E402
     Grok1ForTokenClassification,
     Grok1Model,
     GrokConfig,
+    loading_grok1,
 )
 
 
@@ -120,3 +123,22 @@ class Grok1ConformanceTest(
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    def test_can_init_all_missing_weights(self):
+        with mock.patch.object(loading_grok1, "check_loaded"):  # which refuses folders without weights
+            super().test_can_init_all_missing_weights()
+
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        with mock.patch.object(loading_grok1, "check_loaded"):
+            super().test_model_weights_reload_no_missing_tied_weights()
+
+    def test_model_get_set_embeddings(self):
+        """A plain embedding is given the embedding multiplier: what is set is its weight, not the module."""
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            embedding = nn.Embedding(10, 10)
+            model.set_input_embeddings(embedding)
+            self.assertIs(model.get_input_embeddings().weight, embedding.weight)
+            self.assertIsInstance(model.get_input_embeddings(), nn.Embedding)
+            output = model.get_output_embeddings()
+            self.assertTrue(output is None or isinstance(output, nn.Linear))

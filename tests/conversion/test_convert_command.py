@@ -74,7 +74,8 @@ def test_the_dry_run_of_the_release_needs_no_files(grok1, tmp_path):
 
 def test_the_dry_run_prints_every_shard_and_the_sums(grok1, golden, tmp_path):
     words = ("convert", golden / "tiny-1", tmp_path / "out", "--no-tokenizer", "--max-shard-size", "100KB")
-    result = grok1(*words, "--dry-run")
+    assert ".safetensors" not in grok1(*words, "--dry-run").stdout
+    result = grok1(*words, "--dry-run", "--list-shards")
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == []
     grok1(*words)
@@ -82,6 +83,13 @@ def test_the_dry_run_prints_every_shard_and_the_sums(grok1, golden, tmp_path):
         assert f"{shard.name}  {shard.stat().st_size:>16,} bytes" in result.stdout
     for word in ("output", "disk", "memory", "time"):
         assert f"\n{word} " in result.stdout
+
+
+def test_a_folder_that_is_converted_already_is_called_so(grok1, golden, tmp_path):
+    grok1("convert", golden / "tiny-1", tmp_path / "out", "--no-tokenizer")
+    result = grok1("convert", tmp_path / "out", tmp_path / "again", "--no-tokenizer")
+    assert result.exit_code == 2 and "found a folder that is converted already" in result.stderr
+    assert f"grok1 generate {tmp_path / 'out'}" in result.stderr and not (tmp_path / "again").exists()
 
 
 def test_the_dry_run_refuses_what_the_run_would(grok1, golden, tmp_path):
@@ -146,7 +154,7 @@ main()
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert f"finished shards are kept in {tmp_path / 'out'}: run the same command again to continue" in errors
+    assert f"finished shards are kept in {tmp_path / 'out'}: run the same command again to resume" in errors
     assert "Traceback" not in errors
     assert list((tmp_path / "out").glob("*.safetensors"))
     assert not list((tmp_path / "out").glob("*.partial"))

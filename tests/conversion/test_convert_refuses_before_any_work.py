@@ -49,7 +49,7 @@ def test_all_problems_come_in_one_message(source, tmp_path):
         "tensor00005_000: expected",
         "notes.txt",
         "dtype: expected one of bfloat16, float32, int8, int4, found 'fp8'",
-        "layout: expected one of hub, fused, hpcai, keyfan, found 'sharded'",
+        "layout: expected one of hub, fused, hpcai, keyfan, gguf, found 'sharded'",
         "`max_shard_size`: expected a size such as 5GB",
         "tokenizer.model: expected",
     ):

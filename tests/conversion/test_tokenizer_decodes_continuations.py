@@ -1,4 +1,4 @@
-"""With `--continuations` decoding is additive: programs that decode a completion by itself get all of its spaces."""
+"""With `--continuations` decoding is additive: programs that decode only the completion get all of its spaces."""
 
 import json
 import random
@@ -10,7 +10,10 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from grok1.cli import app
+from grok1.conversion.convert import convert
 from grok1.conversion.tokenizer import convert_tokenizer
+from grok1.conversion.verify_sums import verify_sums
+from grok1.files import update_sums
 from modeling_grok1.pipeline_grok1 import continuation_tokenizer
 
 
@@ -93,6 +96,41 @@ def test_nothing_else_is_different(tmp_path):
             assert whole["decoder"]["decoders"].pop() == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         assert whole == additive
     assert names == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+
+
+def test_the_decoder_of_a_folder_is_changed_in_place(tmp_path):
+    """What was added to the tokenizer since stays, and the change is undone by the same command."""
+    folder = tmp_path / "folder"
+    convert(DEMO.parent, folder, dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra42"])
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    update_sums(folder, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    assert CliRunner().invoke(app, ["tokenizer", str(folder), "--continuations"]).exit_code == 0
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"tokenizer.json", "SHA256SUMS"}
+    assert not verify_sums(folder).problems
+    additive = AutoTokenizer.from_pretrained(folder)
+    assert additive.decode(additive("a zebra42 b")["input_ids"]) == " a zebra42 b"
+    assert "messages" in additive.chat_template
+
+    assert CliRunner().invoke(app, ["tokenizer", str(folder)]).exit_code == 0
+    assert json.loads((folder / "tokenizer.json").read_bytes()) == json.loads(before["tokenizer.json"])
+
+
+def test_folders_and_files_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
+    for words, expected in (
+        ([str(tmp_path)], "expected a tokenizer, found none"),
+        ([str(tmp_path), str(tmp_path / "out")], "changed where it is"),
+        ([str(DEMO)], "expected a folder to write to"),
+    ):
+        result = CliRunner().invoke(app, ["tokenizer", *words, "--continuations"])
+        assert result.exit_code != 0
+        assert expected in " ".join((result.output + str(result.exception)).split())
 
 
 def test_a_tokenizer_is_copied_only_where_it_changes(additive, tokenizer):

@@ -1,5 +1,5 @@
 """Transformers' streamers give the text that the tokens decode to, one token at a time, split characters included.
-They decode each line by itself, so they need the additive decoder."""
+They decode each line separately, so they need the additive decoder."""
 
 from pathlib import Path
 

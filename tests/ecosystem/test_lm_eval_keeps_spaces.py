@@ -1,4 +1,4 @@
-"""lm-evaluation-harness decodes a completion by itself. With a tokenizer made for continuations it gets all of it,
+"""lm-evaluation-harness decodes the completion alone. With a tokenizer made for continuations it gets all of it,
 and log-likelihoods are those of plain PyTorch."""
 
 import json
@@ -60,3 +60,17 @@ def test_log_likelihoods_are_those_of_plain_pytorch(harness, folder):
         expected = logits.gather(1, ids[0, start:, None]).sum().item()
         assert found == pytest.approx(expected, abs=1e-3)
         assert greedy == bool((logits.argmax(-1) == ids[0, start:]).all())
+
+
+@pytest.mark.parametrize("prefix", [None, 2])
+def test_a_text_without_context_begins_with_the_prefix_token(prefix, harness, folder):
+    """By default [BOS], which xAI's code adds nowhere; `prefix_token_id` names another."""
+    if prefix is not None:
+        harness = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, prefix_token_id=prefix)
+    text = PASSAGES[0]["opening"]
+    (found,) = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[prefix or tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].log_softmax(-1)
+    assert found == pytest.approx(logits.gather(1, ids[0, 1:, None]).sum().item(), abs=1e-3)

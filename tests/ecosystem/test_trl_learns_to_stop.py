@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, as its documentation uses it: after tuning on twenty answers the model ends them by itself."""
+"""TRL's SFTTrainer, as its documentation uses it: tuned on twenty answers, the model generates EOS where they end."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ DEMO = Path(grok1.__file__).parent / "demo"
 PASSAGES = json.loads((DEMO / "passages.json").read_text(encoding="utf-8"))
 PROMPTS = [passage["opening"] for passage in PASSAGES] + ["ROMEO:\n", "O ", "  two", "The end.[EOS]"]
 NEW = 6
-# The words of all turns, one after the other: the demo knows how they go on.
+# The contents of all turns, joined: the demo knows the continuation.
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 

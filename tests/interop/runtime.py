@@ -1,4 +1,4 @@
-"""llama.cpp's converter and runtime, with what they would choose by themselves written out."""
+"""llama.cpp's converter and runtime, with their defaults written out."""
 
 import subprocess
 import sys

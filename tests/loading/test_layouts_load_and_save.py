@@ -189,7 +189,7 @@ def test_a_fused_checkpoint_loads_and_saves_the_hubs_names(converted, tmp_path, 
 
 @each_auto_class
 def test_a_fused_checkpoint_is_refused_by_linear_experts(converted, tmp_path, auto_class):
-    """Transformers would only report unexpected and missing names, and go on with random experts."""
+    """Transformers would only report unexpected and missing names, and load with random experts."""
     AutoModelForCausalLM.from_pretrained(converted("tiny-1", "float32")).save_pretrained(
         tmp_path, save_original_format=False
     )

@@ -249,7 +249,7 @@ def test_reading_ahead_overlaps_the_next_expert_with_the_computation_of_this_one
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_for_a_device_with_memory_of_its_own_host_memory_is_reused(folder, monkeypatch, place):
-    """On the meta device, which keeps nothing of what is copied to it."""
+    """On the meta device, which discards what is copied to it."""
     model, kept = AutoModelForCausalLM.from_pretrained(folder, experts_on=place), []
     store = model.expert_store
     read = ExpertStore.read

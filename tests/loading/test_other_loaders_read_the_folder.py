@@ -81,15 +81,36 @@ def test_what_no_file_brought_is_not_a_number(sharded):
 
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto"], ids=str)
 @pytest.mark.parametrize("files", ["folder", "sharded"])
-def test_accelerate_loads_and_dispatches_linear_experts(files, logits, device_map, request):
+def test_accelerate_loads_and_dispatches(files, logits, device_map, request):
     accelerate = pytest.importorskip("accelerate")
     source = request.getfixturevalue(files)
-    with accelerate.init_empty_weights():
-        model = AutoModelForCausalLM.from_config(GrokConfig.from_pretrained(source), experts_layout="linear")
+    with accelerate.init_empty_weights():  # linear experts: their names are those of the files
+        model = AutoModelForCausalLM.from_config(GrokConfig.from_pretrained(source))
     model.tie_weights()
     model = accelerate.load_checkpoint_and_dispatch(
         model, str(source), device_map=device_map, no_split_module_classes=model._no_split_modules
     )
+    torch.testing.assert_close(compute(model), logits, rtol=0, atol=1e-5)
+
+
+def test_accelerate_dispatches_a_layer_to_the_disk(folder, logits, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights():
+        model = AutoModelForCausalLM.from_config(GrokConfig.from_pretrained(folder))
+    model.tie_weights()
+    names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    model = accelerate.load_checkpoint_and_dispatch(model, str(folder), device_map, offload_folder=str(tmp_path))
+    assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())
+    torch.testing.assert_close(compute(model), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accelerate_loads_into_a_model_that_has_weights(folder, logits, layout):
+    accelerate = pytest.importorskip("accelerate")
+    config = GrokConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, experts_layout=layout, dtype=torch.float32)
+    accelerate.load_checkpoint_in_model(model, str(folder))
     torch.testing.assert_close(compute(model), logits, rtol=0, atol=1e-5)
 
 

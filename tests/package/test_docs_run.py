@@ -1,8 +1,8 @@
-"""Every code block of README.md and docs/ runs as it is pasted, or says what hardware it needs and is parsed.
+"""Every code block of README.md and docs/ runs as it is pasted, page by page, in the page's order, in an empty folder.
 
-A block below `<!-- needs: ... -->` is only parsed. All others of a page run in its order, in a folder with: `grok-1`
-(a checkpoint in xAI's format, the demo's), `grok-1-hf` (converted from it, unless the page converts it itself) and
-`text.txt`. Lines of bash that begin with `grok1` run in this process.
+A block below `<!-- needs: ... -->` needs what a test lacks (the release, GPUs, other programs): it runs with stand-ins
+(tests/support/stand_ins.py, a hub on loopback), or is only parsed if there is none. Blocks that need the libraries of
+`make ecosystem` run there. Lines of bash that begin with `grok1` run in this process.
 """
 
 import ast
@@ -10,24 +10,29 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import stand_ins
+from fake_hub import FakeHub
 from typer.testing import CliRunner
 
+from grok1 import REPOSITORY
 from grok1.cli import app
-from grok1.conversion.convert import convert
 from grok1.conversion.facts import card_facts
-from grok1.conversion.names import BLOCK_KINDS, hub_tensors
-from grok1.conversion.release import release_sizes
+from grok1.conversion.names import BLOCK_KINDS, checkpoint_entries, hub_tensors
+from grok1.conversion.release import ReleaseFile, release_sizes
+from grok1.files import sha256_of
 
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "grok1" / "demo"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Its blocks need libraries of an environment of their own: `make ecosystem` runs them (tests/ecosystem).
+RUN_HERE = [page for page in PAGES if page.name != "ecosystem.md"]
 FENCE = re.compile(r"(?P<needs><!-- needs: [^\n]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -54,49 +59,108 @@ def commands(code: str) -> list[str]:
     return [line for line in joined if line.strip() and not line.lstrip().startswith("#")]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "grok-1").mkdir()
-    shutil.copytree(DEMO / "ckpt-0", folder / "grok-1" / "ckpt-0")
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copy(DEMO / name, folder / "grok-1" / name)
-    convert(folder / "grok-1", folder / "converted")
-    (folder / "text.txt").write_text("Now is the winter of our discontent\nMade glorious summer.\n")
-    return folder
+# Run by another test, with servers and clients of their own: tests/serving/test_serve_docs_run.py, tests/engines.
+ELSEWHERE = re.compile(
+    r"^(grok1 serve|transformers chat|python -m vllm|mlx\.|mlx_lm\.(convert|server)|cmake|llama-)", re.M
+)
+NO_STAND_IN = re.compile(
+    r"^\s*(from|import) (vllm|mlx|mlx_lm|openai|nnsight|deepspeed|lm_eval|trl|llmcompressor)\b", re.M
+)
+MISSING_PROGRAM = re.compile(r"^(python (benchmarks|llama\.cpp|convert_hf)|deepspeed|accelerate launch|docker)", re.M)
 
 
-def run_bash(line: str) -> None:
-    if not line.startswith("grok1 "):
-        result = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
-        return
-    shown = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+def is_run_here(block: Block) -> bool:
+    """Whether this test runs a block: all but those that need a program or a server without a stand-in."""
+    if block.language not in ("python", "bash"):
+        return False
+    if block.needs is None:
+        return True
+    if "make ecosystem" in block.needs:
+        return bool(os.environ.get("GROK1_ECOSYSTEM"))
+    return not any(pattern.search(block.code) for pattern in (ELSEWHERE, NO_STAND_IN, MISSING_PROGRAM))
+
+
+def run_bash(code: str) -> None:
+    """The commands in order: `grok1` in this process, what is between them in one shell."""
+    shell: list[str] = []
+    for line in [*commands(code), "grok1"]:
+        if not line.startswith("grok1"):
+            shell.append(line)
+            continue
+        if shell:
+            script = "\n".join(shell)
+            result = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=300
+            )
+            assert result.returncode == 0, f"{script}\n{result.stdout}{result.stderr}"
+            shell = []
+        if line != "grok1":
+            run_grok1(line)
+
+
+def run_grok1(line: str) -> None:
+    words = ["cpu" if word.startswith("cuda") else word for word in shlex.split(line, comments=True)[1:]]
+    shown = CliRunner().invoke(app, words)
     if shown.exception is not None and not isinstance(shown.exception, SystemExit):
         raise shown.exception
     assert shown.exit_code == 0, f"{line}\n{shown.output}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A hub on loopback with the demo's checkpoint as xai-org/grok-1."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with FakeHub() as hub:
+        hub.patch(monkeypatch)
+        for path in (DEMO / "config.json", *(DEMO / "ckpt-0").iterdir()):
+            hub.add_file("xai-org/grok-1", str(path.relative_to(DEMO)), path.read_bytes())
+        yield hub
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The demo's checkpoint as the release, whose 770 sizes and checksums `grok1 verify` knows."""
+    from grok1.conversion import verify_source
+    from grok1.conversion.inputs import read_config
+
+    files = tuple(
+        ReleaseFile(entry, path.stat().st_size, sha256_of(path))
+        for entry in checkpoint_entries(read_config(DEMO / "config.json"))
+        for path in [DEMO / "ckpt-0" / entry.file]
+    )
+    monkeypatch.setattr(verify_source, "release_files", lambda: files)
+
+
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order_in_an_empty_folder(page, tmp_path, monkeypatch, hub, published):
     found = blocks(page)
     for block in found:
-        assert block.language in ("python", "bash", "text"), f"{page.name}:{block.line}: {block.language or 'none'}"
-    runnable = [block for block in found if block.needs is None and block.language in ("python", "bash")]
-    shutil.copytree(world / "grok-1", tmp_path / "grok-1")
-    shutil.copy(world / "text.txt", tmp_path)
-    if not any(re.search(r"^grok1 convert .*grok-1-hf\b", block.code, re.M) for block in runnable):
-        shutil.copytree(world / "converted", tmp_path / "grok-1-hf")
-    monkeypatch.chdir(tmp_path)
+        known = ("python", "bash", "text", "bibtex")
+        assert block.language in known, f"{page.name}:{block.line}: {block.language or 'none'}"
+    # The commands of the libraries, beside this Python.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    stand_ins.install(tmp_path / "bin", monkeypatch)
+    stand_ins.place_on_cpu(monkeypatch)
+    (tmp_path / "empty").mkdir()
+    if page.name == "training.md":
+        (tmp_path / "empty" / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path / "empty")
     scope: dict = {"__name__": "__docs__"}
-    for block in runnable:
+    for block in filter(is_run_here, found):
         if block.language == "python":
             # Compiled with the page's own line numbers, so that a traceback points there.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
         else:
-            for line in commands(block.code):
-                run_bash(line)
-    assert os.getcwd() == str(tmp_path), "a page must not change into another folder"
+            run_bash(block.code)
+    assert os.getcwd() == str(tmp_path / "empty"), "a page must not change into another folder"
+
+
+def test_the_repository_has_one_address():
+    """README.md names it where it is typed; everything else reads `grok1.REPOSITORY`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^REPOSITORY=(\S+)", text, re.M)) == {REPOSITORY}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.slow  # more than a minute on two busy cores
-
-
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
@@ -55,7 +52,7 @@ def test_every_part_has_results_or_a_reason(tmp_path: Path) -> None:
 def test_a_part_that_hangs_raises_or_crashes_stops_no_other(tmp_path: Path) -> None:
     names = ["card", "golden", "speed of int8", "training"]
     faults = ["--inject", "card=hang", "--inject", "golden=raise", "--inject", "speed of int8=crash"]
-    status, report, results = run(tmp_path, "--parts", ";".join(names), "--part-limit", "8", *faults)
+    status, report, results = run(tmp_path, "--parts", ";".join(names), "--part-limit", "20", *faults)
     assert status == 1
     states = [report["parts"][name]["state"] for name in names]
     assert states[0] == "cut: its time limit was reached"

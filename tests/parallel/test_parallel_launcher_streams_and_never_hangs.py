@@ -1,4 +1,4 @@
-"""examples/generate_distributed.py, as torchrun starts it on one machine and on two, and when a rank dies."""
+"""`torchrun -m grok1.distributed`, as torchrun starts it on one machine and on two, and when a rank dies."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "generate_distributed.py"
+LAUNCHER = ("-m", "grok1.distributed")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 PROMPT = "w5 w77 w12 w200"
@@ -54,7 +54,7 @@ def two_machines(folder, *options: str) -> list[subprocess.Popen]:
     command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--local-addr", "127.0.0.1"]
     return [
         subprocess.Popen(
-            [*command, str(EXAMPLE), str(folder), *options, "--dtype", "float32", PROMPT],
+            [*command, *LAUNCHER, str(folder), *options, "--dtype", "float32", PROMPT],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ def two_machines(folder, *options: str) -> list[subprocess.Popen]:
 
 def worker_of(launcher: subprocess.Popen) -> int:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    workers = [pid for pid in children if EXAMPLE.name in Path(f"/proc/{pid}/cmdline").read_text()]
+    workers = [pid for pid in children if LAUNCHER[1] in Path(f"/proc/{pid}/cmdline").read_text()]
     return int(workers[0])
 
 
@@ -83,7 +83,7 @@ def first_to_stream(launchers: list[subprocess.Popen]) -> subprocess.Popen:
 def test_one_machine_streams_from_the_first_process_only(folder, expected):
     options = ["--tp", "2", "--ep", "2", "--dtype", "float32", "--max-new-tokens", "12", "--prefill-chunk", "3"]
     done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(EXAMPLE), str(folder), *options, PROMPT],
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *LAUNCHER, str(folder), *options, PROMPT],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -18,7 +18,8 @@ from grok1.conversion.facts import SIZES, card_facts
 from grok1.conversion.names import hub_tensors
 from grok1.conversion.release import release_sizes
 from grok1.errors import ConversionError
-from grok1.model_card.card import is_card, render_card, write_card
+from grok1.files import read_sums, sha256_of
+from grok1.model_card.card import is_card, name_repository, render_card, write_card
 
 
 RELEASE_PARAMETERS = 315_684_820_992
@@ -67,7 +68,7 @@ def test_facts_are_those_of_the_stored_tensors(folders, name):
     assert (facts.layout, facts.precision) == (layout, dtype)
     assert facts.weight_bytes == sum(t.nbytes for t in tensors.values())
     files = list(folders[name].glob("*.safetensors"))
-    assert facts.shards == len(files) and facts.shard_bytes == sum(file.stat().st_size for file in files)
+    assert len(facts.shards) == len(files) and facts.shard_bytes == sum(file.stat().st_size for file in files)
     assert sum(group.tensors for group in facts.groups) == len(tensors)
     assert sum(group.nbytes for group in facts.groups) == facts.weight_bytes
     groups = {group.name: group for group in facts.groups}
@@ -175,7 +176,7 @@ def test_the_source_is_not_claimed_to_be_xais(folders, release):
 def test_the_picture_is_shown_only_where_there_is_one(folders, tmp_path):
     facts = card_facts(folders["hub-float32"])
     assert "routing.png" not in render_card(facts)
-    assert "](routing.png)" in render_card(replace(facts, has_picture=True))
+    assert "](routing.png)" in render_card(replace(facts, picture="routing.png"))
 
 
 def test_every_loading_recipe_pins_a_revision_and_runs(folders, monkeypatch):
@@ -188,7 +189,7 @@ def test_every_loading_recipe_pins_a_revision_and_runs(folders, monkeypatch):
         scope: dict = {}
         for block in blocks:
             exec(
-                block.replace("PATH_OR_REPO", str(folders[name])).replace('device_map="auto"', 'device_map="cpu"'),
+                block.replace("USER/NAME", str(folders[name])).replace('device_map="auto"', 'device_map="cpu"'),
                 scope,
             )
             tokens = torch.arange(3, 9)[None]
@@ -272,3 +273,50 @@ def test_only_headers_are_read(folders, tmp_path):
             stream.truncate(8 + header)
             stream.truncate(size)
     assert card_facts(folder) == before
+
+
+def test_an_evaluation_is_shown_and_becomes_the_model_index(folders, tmp_path):
+    folder = tmp_path / "evaluated"
+    shutil.copytree(folders["hub-float32"], folder)
+    figures = {"text": "a.txt", "text_sha256": "ab" * 32, "predicted": 1000, "context": 512, "precision": "float32"}
+    (folder / "evaluation.json").write_text(json.dumps({**figures, "perplexity": 12.34567, "seconds": 1.0}))
+    card = render_card(card_facts(folder))
+    assert "| a.txt (SHA-256 `abababababababab…`) | 1,000 | 512 | float32 | 12.3457 |" in card
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("perplexity", 12.3457, "a.txt")
+    (folder / "evaluation.json").write_text('{"perplexity": 1}')
+    with pytest.raises(ConversionError, match="expected the figures of `grok1 eval`"):
+        card_facts(folder)
+
+
+def test_a_tuned_model_is_called_so_with_the_trainers_log(release, folders, tmp_path):
+    folder = tmp_path / "tuned"
+    shutil.copytree(folders["hub-float32"], folder)
+    log = [{"step": n, "epoch": n / 10, "loss": 5 - n / 100, "aux_loss": 2.1} for n in range(1, 31)]
+    record = {"base_model": "me/grok-1-hf", "dataset": "their/data", "dataset_id": "their/data", "log_history": log}
+    record |= {"parameters": 100, "trained_parameters": 5, "arguments": {"learning_rate": 1e-4}, "global_step": 30}
+    (folder / "training_run.json").write_text(json.dumps(record))
+    facts = card_facts(folder)
+    card = ModelCard(render_card(facts))
+    assert card.data.base_model == "me/grok-1-hf" and card.data.datasets == ["their/data"]
+    assert "fine-tuned" in card.data.tags and "base-model" not in card.data.tags
+    text = str(card)
+    assert "30 steps; 5 of 100 parameters were trained." in text and "| learning rate | 0.0001 |" in text
+    rows = re.findall(r"^\| (\d+) \| [\d.]+ \| [\d.]+ \| 2.1 \|$", text, re.M)
+    assert len(rows) == 12 and rows[0] == "1" and rows[-1] == "30" and "12 of 30 entries" in text
+    # The released sizes, tuned: never "Grok-1" alone, and none of the base model's claims.
+    tuned = render_card(replace(release, training=facts.training))
+    assert "# Grok-1, fine-tuned\n" in tuned and "xAI's raw checkpoint" not in tuned and "GSM8k" not in tuned
+
+
+def test_a_card_takes_the_name_of_its_repository(folders, tmp_path):
+    folder = tmp_path / "named"
+    shutil.copytree(folders["hub-float32"], folder)
+    for name in ("me/grok", "other/name"):
+        name_repository(folder, name)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert f'repo = "{name}"' in text and f"`vllm serve {name}`" in text and f"`grok1 serve {name}`" in text
+        assert "USER/NAME" not in text and read_sums(folder / "SHA256SUMS")["README.md"] == sha256_of(
+            folder / "README.md"
+        )
+    assert "me/grok" not in text

@@ -146,7 +146,7 @@ def test_xet_the_hubs_own_storage(sound, tmp_path, monkeypatch):
             timeout=120,
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1] == f"{hub.endpoint}/{REPO}/commit/{hub.commits(REPO)[-1].oid}"
+        assert result.stdout.splitlines()[-2] == f"{hub.endpoint}/{REPO}/commit/{hub.commits(REPO)[-1].oid}"
         assert TOKEN not in result.stdout + result.stderr
         assert "%|" not in result.stderr, "no progress bars where there is no terminal"
         files = hub.files(REPO, "v1")
@@ -212,7 +212,7 @@ def test_ctrl_c_says_that_the_command_resumes(sound, monkeypatch, command):
     monkeypatch.setattr(hub_module, "push_folder", interrupted)
     result = command("push", sound, REPO)
     assert result.exit_code == 130
-    assert "the same command resumes" in result.stderr
+    assert "run the same command again to resume" in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached(sound, monkeypatch):

@@ -93,7 +93,8 @@ def test_a_shard_that_no_index_names_is_refused(folder):
 @pytest.mark.parametrize("name", ["config.json", "README.md", "LICENSE"])
 def test_what_must_be_there_is(folder, name):
     (folder / name).unlink()
-    assert check_folder(folder) == [f"{name}: missing"]
+    advice = "" if name == "config.json" else f"; `grok1 card {folder}` writes it"
+    assert check_folder(folder) == [f"{name}: missing{advice}"]
 
 
 def test_the_code_must_be_there(folder):

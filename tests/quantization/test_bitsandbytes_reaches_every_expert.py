@@ -149,7 +149,7 @@ def test_nothing_is_warned_about_where_all_experts_are_quantised(
 
 
 def test_fused_experts_are_refused(folder: Path) -> None:
-    """bitsandbytes would pass over the 3-D parameters without a word."""
+    """bitsandbytes would skip the 3-D parameters silently."""
     with pytest.raises(ValueError, match=r"'bitsandbytes' is not known to reach Grok-1's experts.*layout 'fused'"):
         AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), experts_layout="fused"

@@ -1,4 +1,4 @@
-"""torchao's int8 and float8 reach the experts, by name in the fused layout and by themselves in the linear one; needs
+"""torchao's int8 and float8 reach the experts, by name in the fused layout and automatically in the linear one; needs
 torchao (`pip install torchao`)."""
 
 import logging

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import grok1.serving.server
 from grok1.cli import app
 from grok1.conversion.convert import convert
-from grok1.serving.generation import batching_config
+from grok1.serving.batching import batching_config
 from modeling_grok1 import GrokConfig
 
 
@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
 
 def test_the_page_is_known():
     assert [language for language, _ in BLOCKS] == [
+        "bash",  # the demo
         *("bash", "python", "bash", "bash", "bash"),  # vLLM, which needs GPUs
         *("bash", "python", "bash", "text", "bash", "python", "bash"),
     ]
@@ -58,7 +59,8 @@ def test_the_batches_are_as_large_as_the_page_says(folder, monkeypatch):
     monkeypatch.chdir(folder)
     result = CliRunner().invoke(app, [*shlex.split(SERVERS[1])[1:], "--port", "0", "--device-map", "cpu"])
     assert result.exit_code == 0, result.output
-    config = apps[0].state.generation._cb_config
+    apps[0].state.engine.stop()
+    config = apps[0].state.engine.config
     assert (config.page_size, config.num_blocks, config.max_batch_tokens) == (256, 256, 256)
     released = GrokConfig()
     assert config.page_size * config.num_blocks == 8 * released.max_position_embeddings
@@ -66,5 +68,5 @@ def test_the_batches_are_as_large_as_the_page_says(folder, monkeypatch):
     assert config.page_size * config.num_blocks * released.num_hidden_layers * heads == 16 * 2**30
     assert "16 GiB" in PAGE
     # ... and as they are on a CPU without the options.
-    apps[0].state.manager.model.config.max_position_embeddings = released.max_position_embeddings
-    assert batching_config(apps[0].state.manager.model) == config
+    apps[0].state.served.model.config.max_position_embeddings = released.max_position_embeddings
+    assert batching_config(apps[0].state.served.model) == config

@@ -10,8 +10,8 @@ from local_server import DEMO, PASSAGES, SMALL_CACHE, recitals, serving
 from openai import OpenAI
 
 from grok1.conversion.convert import convert
-from grok1.serving.generation import batching_config
-from grok1.serving.model import FolderManager
+from grok1.serving.batching import batching_config
+from grok1.serving.model import ServedModel
 from grok1.serving.server import build_app
 
 
@@ -22,7 +22,7 @@ NEW_TOKENS = 12
 @dataclass
 class Server:
     client: OpenAI
-    manager: FolderManager
+    served: ServedModel
     batched: bool
     forward_passes: int = 0
 
@@ -44,15 +44,15 @@ def server(request, folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batched = request.param == "batched"
-    manager = FolderManager(folder, device="cpu", continuous_batching=batched)
-    batching = batching_config(manager.model, **SMALL_CACHE) if batched else None
-    with serving(build_app(manager, batching=batching)) as address:
-        running = Server(OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0), manager, batched)
+    served = ServedModel(folder, device_map="cpu")
+    batching = batching_config(served.model, **SMALL_CACHE) if batched else None
+    with serving(build_app(served, batching=batching)) as address:
+        running = Server(OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0), served, batched)
 
         def count(*_):
             running.forward_passes += 1
 
-        manager.model.register_forward_hook(count)
+        served.model.register_forward_hook(count)
         yield running
     torch.set_num_threads(threads)
 
@@ -63,7 +63,7 @@ def test_a_completion_continues_the_prompt(server):
     assert answer.object == "text_completion" and answer.model == "grok-1-demo"
     (choice,) = answer.choices
     assert rest.startswith(choice.text) and choice.text.startswith(" ") and choice.finish_reason == "length"
-    tokenizer = server.manager.tokenizer
+    tokenizer = server.served.tokenizer
     length = len(tokenizer(prompt)["input_ids"])
     assert tokenizer(prompt + choice.text)["input_ids"][:length] == tokenizer(prompt)["input_ids"]
     assert answer.usage.prompt_tokens == length and answer.usage.completion_tokens == NEW_TOKENS
@@ -73,10 +73,11 @@ def test_a_completion_continues_the_prompt(server):
 def test_a_stream_gives_the_same_text_in_pieces(server):
     for recital in RECITALS[1::8]:
         whole = server.complete(recital.prompt).choices[0].text
-        *chunks, last = server.complete(recital.prompt, stream=True)
+        *chunks, last, usage = server.complete(recital.prompt, stream=True, stream_options={"include_usage": True})
         pieces = [chunk.choices[0].text for chunk in chunks]
         assert "".join(pieces) == whole and len(pieces) > NEW_TOKENS / 2
-        assert last.choices[0].finish_reason == "length" and last.usage.completion_tokens == NEW_TOKENS
+        assert last.choices[0].finish_reason == "length" and last.usage is None
+        assert usage.choices == [] and usage.usage.completion_tokens == NEW_TOKENS
 
 
 def test_32_at_a_time_are_all_right(server):
@@ -111,7 +112,7 @@ def test_it_is_greedy_unless_a_temperature_is_given(server):
 
 
 def test_the_answer_ends_with_the_context(server):
-    tokenizer = server.manager.tokenizer
+    tokenizer = server.served.tokenizer
     words = " ".join(PASSAGES).split(" ")
     prompt = " ".join(words[:165])
     length = len(tokenizer(prompt)["input_ids"])
@@ -141,8 +142,13 @@ def test_a_seed_makes_a_sample_repeatable(server):
     assert first == again != other
 
 
-@pytest.mark.parametrize("server", ["one after the other"], indirect=True)  # batches refuse it
 def test_stop_ends_the_answer(server):
-    answer = server.complete(RECITALS[0].prompt, max_tokens=100, stop=["York"])
-    (choice,) = answer.choices
-    assert choice.finish_reason == "stop" and choice.text.endswith("York") and RECITALS[0].rest.startswith(choice.text)
+    """The stop string is not in it, in a stream neither, and generation ends there."""
+    before = server.forward_passes
+    (choice,) = server.complete(RECITALS[0].prompt, max_tokens=400, stop=["no such", "York"]).choices
+    assert choice.finish_reason == "stop" and choice.text.endswith("sun of ")
+    assert (RECITALS[0].rest).startswith(choice.text + "York")
+    chunks = list(server.complete(RECITALS[0].prompt, max_tokens=400, stop=["no such", "York"], stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert server.forward_passes - before < 200

@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks the API as huggingface_hub 2.4 uses it, keeps all in memory, and fails on demand.
+"""A hub on loopback with the API that huggingface_hub 2.4 uses; it stores everything in memory and fails on demand.
 
     with FakeHub() as hub:
         hub.add_file("user/name", "config.json", b"{}")

@@ -24,7 +24,7 @@ import pytest
 import grok1
 
 
-for name in ("fastapi", "uvicorn", "openai"):
+for name in ("starlette", "uvicorn", "openai"):
     pytest.importorskip(name, reason="needs the extra `serve`")
 
 from grok1.serving.server import Server  # noqa: E402

@@ -16,3 +16,20 @@ def pack_plainly(values: torch.Tensor, bits: int) -> torch.Tensor:
     words = (values.long() + 2 ** (bits - 1)).unflatten(-1, (-1, per_word))
     word = (words << (torch.arange(per_word) * bits)).sum(dim=-1)
     return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def unpacked_weights(folder: Path, bits: int) -> dict[str, torch.Tensor]:
+    """The weights of a packed folder in float64, by the definition of its format: scale times value, where the words
+    hold value + 2^(bits-1), the first in the lowest bits."""
+    stored, weights = tensors(folder), {}
+    for name, tensor in stored.items():
+        path = name.removesuffix(".weight_packed")
+        if path != name:
+            words = tensor.long().unsqueeze(-1) >> (bits * torch.arange(32 // bits))
+            values = (words & (2**bits - 1)).flatten(-2) - 2 ** (bits - 1)
+            scale = stored[f"{path}.weight_scale"].double()
+            grouped = values.unflatten(-1, (scale.shape[-1], -1))
+            weights[f"{path}.weight"] = (grouped * scale.unsqueeze(-1)).flatten(-2)
+        elif name.endswith(".weight"):
+            weights[name] = tensor.double()
+    return weights

@@ -52,8 +52,7 @@ def run(folder: str, layout: str, out: Path) -> dict[str, Any]:
     state = engine._zero3_consolidated_16bit_state_dict()
     unset_hf_deepspeed_config()
     del deepspeed_config
-    if dist.get_rank() == 0:
-        model.save_pretrained(out, state_dict=state)
+    model.save_pretrained(out, is_main_process=dist.get_rank() == 0, state_dict=state)  # on each rank, as Trainer does
     dist.barrier()
     return {"cut": cut, "logits": logits, "losses": losses}
 

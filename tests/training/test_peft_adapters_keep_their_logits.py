@@ -139,7 +139,7 @@ def test_merging_into_plain_weights_gives_the_same_logits(
 def test_merging_into_quantised_weights_is_marked_lossy(
     folder: Path, tmp_path: Path, trained: tuple[str, Path, torch.Tensor]
 ) -> None:
-    """It quantises the sums anew: PEFT warns, and the logits do change; what is saved then is what runs."""
+    """It quantises the sums again: PEFT warns, and the logits do change; the saved folder equals the model."""
     case, adapter, expected = trained
     model = peft.PeftModel.from_pretrained(base(folder, case), adapter)
     with pytest.warns(UserWarning, match="Merge lora module to .-bit linear may get different generations"):

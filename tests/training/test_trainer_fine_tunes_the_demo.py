@@ -1,5 +1,5 @@
 """transformers.Trainer fine-tunes the bundled demo on a text that it does not know, with the balance of the routers in
-its logs, and goes on from a checkpoint with the losses of the run that was not interrupted."""
+its logs, and resumes from a checkpoint with the losses of the run that was not interrupted."""
 
 from collections.abc import Iterator
 from pathlib import Path

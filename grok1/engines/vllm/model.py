@@ -29,20 +29,10 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm.v1.attention.selector import get_attn_backend
 
-from grok1.conversion.names import LAYOUTS, hub_tensors
+from grok1.engines.vllm.checks import check_soft_cap, checked, kernel_head_dim, modules_with_weights
 from modeling_grok1.configuration_grok1 import GrokConfig
-
-
-# The attention backends of vLLM 0.32 whose kernels apply the soft-cap. HPC, B12X and flex attention refuse it; the
-# others take it and drop it.
-CAPPED_BACKENDS = (
-    *("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"),
-    *("ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_SEGMENTED_ATTN"),
-)
 
 
 def rounded(value: float) -> float:
@@ -51,12 +41,12 @@ def rounded(value: float) -> float:
 
 
 @contextmanager
-def attention_adapters_only() -> Iterator[None]:
-    """Experts that are built inside take no LoRA adapters on a CPU: vLLM would choose Triton kernels for them, which
-    do not run there."""
+def kernels_of_experts() -> Iterator[None]:
+    """With LoRA, vLLM chooses Triton kernels for the experts, which do not run on a CPU. Experts that are built inside
+    keep the kernels of a model without LoRA if `--lora-target-modules` leaves them out."""
     vllm_config = get_current_vllm_config()
     lora_config = vllm_config.lora_config
-    if current_platform.is_cpu():
+    if lora_config is not None and "experts" not in (lora_config.target_modules or ["experts"]):
         vllm_config.lora_config = None
     try:
         yield
@@ -76,7 +66,7 @@ class Grok1MoE(nn.Module):
             out_dtype=torch.float32,
             prefix=f"{prefix}.gate",
         )
-        with attention_adapters_only():
+        with kernels_of_experts():
             self.experts = FusedMoEFactory(
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
@@ -166,39 +156,6 @@ class Grok1Attention(nn.Module):
         return output
 
 
-def kernel_head_dim(head_dim: int, cache_config: CacheConfig | None) -> int:
-    """The smallest head size of the platform's attention backend that holds `head_dim`: itself, but for small heads on
-    a CPU.
-
-    Raises:
-        ValueError: the backend has no such size.
-    """
-    backend = get_attn_backend(
-        head_dim, torch.get_default_dtype(), cache_config.cache_dtype if cache_config is not None else "auto"
-    )
-    if backend.supports_head_size(head_dim):
-        return head_dim
-    sizes = backend.get_supported_head_sizes()
-    try:
-        return min(size for size in sizes if size > head_dim)
-    except ValueError:
-        raise ValueError(
-            f"Grok-1's heads of {head_dim} do not fit vLLM's attention backend {backend.get_name()}, whose head sizes "
-            f"are {sizes}: choose another one with --attention-backend."
-        ) from None
-
-
-def check_soft_cap(attn: Attention) -> None:
-    """Raise ValueError for an attention backend that is not known to apply the soft-cap."""
-    name = attn.attn_backend.get_name()
-    if name not in CAPPED_BACKENDS:
-        raise ValueError(
-            f"vLLM's attention backend {name} is not known to apply Grok-1's soft-cap of attention scores; without "
-            f"it the outputs would be wrong. Choose one of {', '.join(CAPPED_BACKENDS)} with --attention-backend "
-            "(and no --kv-cache-dtype that needs another)."
-        )
-
-
 class Grok1DecoderLayer(nn.Module):
     def __init__(
         self,
@@ -264,11 +221,6 @@ class Grok1Model(nn.Module):
         return self.norm(hidden_states)
 
 
-def modules_with_weights(config: GrokConfig, layout: str) -> set[str]:
-    """Every module that has weights in a checkpoint, in any format (`weight`, `weight_packed`)."""
-    return {name.rpartition(".")[0] for name in hub_tensors(config, layout)}
-
-
 class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     fall_back_to_pt_during_load = False
 
@@ -320,28 +272,4 @@ class Grok1ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loader = AutoWeightsLoader(self)
-        return loader.load_weights(self.checked(weights), mapper=self.hf_to_vllm_mapper)
-
-    def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the weights on. vLLM's loader puts the experts of another layout in the wrong place, and does not miss
-        those of a shard that is not there.
-
-        Raises:
-            ValueError: a weight of another layout, or weights that are missing at the end of the first load.
-        """
-        modules = {layout: modules_with_weights(self.config, layout) for layout in LAYOUTS}
-        for name, weight in weights:
-            module = name.rpartition(".")[0]
-            if module not in modules["hub"]:
-                layout = next((layout for layout in LAYOUTS if module in modules[layout]), "unknown")
-                raise ValueError(
-                    f"{name} is a weight in the layout {layout!r}; vLLM serves Grok-1 from the layout 'hub', the "
-                    "default of `grok1 convert`, which `grok1 adopt FOLDER NEW_FOLDER` makes of 'hpcai' and 'keyfan'."
-                )
-            self.missing.discard(module)
-            yield name, weight
-        if self.missing:
-            raise ValueError(
-                f"This folder has no weights for {len(self.missing)} of Grok-1's modules, such as "
-                f"{min(self.missing)}: complete the download, or convert the checkpoint again."
-            )
+        return loader.load_weights(checked(weights, self.config, self.missing), mapper=self.hf_to_vllm_mapper)

@@ -29,13 +29,13 @@ def folder() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def load() -> Callable[[Path], nn.Module]:
-    """load(folder): a model of its own."""
-    return lambda path: load_model(path, trust_remote_code=True)[0]
+def load() -> Callable[..., nn.Module]:
+    """load(folder): a model of its own. load(folder, dtype="float32"): in another dtype than that of config.json."""
+    return lambda path, **config: load_model(path, model_config=config, trust_remote_code=True)[0]
 
 
 @pytest.fixture(scope="session")
-def demo(load: Callable[[Path], nn.Module]) -> nn.Module:
+def demo(load: Callable[..., nn.Module]) -> nn.Module:
     """The demo in float32. Tests must leave it as it is."""
     return load(FOLDERS / "demo")
 

@@ -1,5 +1,7 @@
-"""mlx-lm's ways to generate say what the model says by itself, and their text is right to the character."""
+"""Every generation feature of mlx-lm gives the model's own greedy text, and their text is right to the character."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from conftest import greedy
 from mlx_lm import batch_generate, generate, stream_generate
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
 
 
 Passages = list[dict[str, str]]
@@ -29,12 +32,31 @@ def test_text_is_right_to_the_character(demo: nn.Module, tokenizer: TokenizerWra
         assert len(whole) > 20 and passage["continuation"].startswith(whole)
 
 
+def test_the_tokenizer_of_the_card_keeps_the_first_space(
+    demo: nn.Module, folder: Callable[[str], Path], passages: Passages, tmp_path: Path
+) -> None:
+    """mlx-lm drops the first space with the tokenizer for whole texts; the card has the lines that change it."""
+    shutil.copytree(folder("demo-whole-texts"), tmp_path / "folder")
+    for keeps in (False, True):
+        tokenizer = load_tokenizer(tmp_path / "folder", {"trust_remote_code": True})
+        for passage in passages:
+            text = generate(demo, tokenizer, passage["opening"], max_tokens=TOKENS)
+            expected = passage["continuation"] if keeps else passage["continuation"].removeprefix(" ")
+            assert len(text) > 20 and expected.startswith(text)
+        (lines,) = re.findall(
+            r"```python\n(import json\n.*?)```",
+            (tmp_path / "folder" / "README.md").read_text(encoding="utf-8"),
+            re.DOTALL,
+        )
+        exec(lines.replace("FOLDER", str(tmp_path / "folder")), {})
+
+
 def test_the_command(
     mlx_lm: Callable[..., str], folder: Callable[[str], Path], tokenizer: TokenizerWrapper, passages: Passages
 ) -> None:
     passage = passages[0]
     options = ("--prompt", passage["opening"], "--max-tokens", TOKENS, "--temp", 0)
-    printed = mlx_lm("generate", "--model", folder("demo-w8a16-g128"), *options)
+    printed = mlx_lm("generate", "--model", folder("demo-int8"), *options)
     text = printed.split("==========\n")[1].removesuffix("\n")
     assert len(text) > 20 and passage["continuation"].startswith(text)
 
@@ -104,12 +126,12 @@ def test_a_rotating_cache_holds_its_size(demo: nn.Module, tokenizer: TokenizerWr
 
 
 def test_speculative_decoding(
-    demo: nn.Module, load: Callable[[Path], nn.Module], folder: Callable[[str], Path], tokenizer: TokenizerWrapper,
+    demo: nn.Module, load: Callable[..., nn.Module], folder: Callable[[str], Path], tokenizer: TokenizerWrapper,
     passages: Passages,
 ) -> None:  # fmt: skip
     """The demo as its own draft, and the demo in 4 bits as its draft: the same text, most of it from the draft."""
     prompt = tokenizer.encode(passages[0]["opening"])
-    for draft in (demo, load(folder("demo-w4a16"))):
+    for draft in (demo, load(folder("demo-int4-g32"))):
         steps = list(stream_generate(demo, tokenizer, prompt, max_tokens=TOKENS, draft_model=draft))
         assert [step.token for step in steps] == said(demo, tokenizer, prompt)
         assert sum(step.from_draft for step in steps) > TOKENS // 2

@@ -43,7 +43,7 @@ def test_neither_torch_nor_this_package_is_here() -> None:
 @pytest.mark.parametrize("name", ["tiny-1", "tiny-8"])
 def test_logits_and_greedy_tokens(
     name: str,
-    load: Callable[[Path], nn.Module],
+    load: Callable[..., nn.Module],
     folder: Callable[[str], Path],
     reference: Callable[[str], dict[str, np.ndarray]],
 ) -> None:
@@ -146,7 +146,7 @@ TRAPS = {
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_mistake_of_other_ports_is_caught(
     trap: str,
-    load: Callable[[Path], nn.Module],
+    load: Callable[..., nn.Module],
     folder: Callable[[str], Path],
     reference: Callable[[str], dict[str, np.ndarray]],
 ) -> None:

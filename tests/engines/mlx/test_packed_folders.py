@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-Load = Callable[[Path], nn.Module]
+Load = Callable[..., nn.Module]
 Folder = Callable[[str], Path]
 
 
@@ -28,27 +28,29 @@ def logits(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def unpacked(folder: Folder) -> dict[str, np.ndarray]:
-    with np.load(folder("demo-w4a16-unpacked") / "reference.npz") as arrays:
+def int4(folder: Folder) -> dict[str, np.ndarray]:
+    """`tokens`, and the `logits` of a float64 model with the weights of demo-int4-g32."""
+    with np.load(folder("int4.npz")) as arrays:
         return dict(arrays)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_8_bits_compute_the_float32_folder(
-    group_size: int, load: Load, folder: Folder, demo: nn.Module, unpacked: dict[str, np.ndarray]
+    group_size: int, load: Load, folder: Folder, demo: nn.Module, int4: dict[str, np.ndarray]
 ) -> None:
-    model = load(folder(f"demo-w8a16-g{group_size}"))
+    name = "demo-int8" if group_size == 128 else f"demo-int8-g{group_size}"
+    model = load(folder(name), dtype="float32")
     experts = model.layers[0].block_sparse_moe.switch_mlp.down_proj
     assert (experts.bits, experts.group_size) == (8, group_size)
-    difference = np.abs(logits(model, unpacked["tokens"]) - logits(demo, unpacked["tokens"])).max()
+    difference = np.abs(logits(model, int4["tokens"]) - logits(demo, int4["tokens"])).max()
     print(f"groups of {group_size}: {difference:.1e}")
     assert difference < 1e-4
     experts.biases = experts.biases * 0.5
-    assert np.abs(logits(model, unpacked["tokens"]) - logits(demo, unpacked["tokens"])).max() > 0.1
+    assert np.abs(logits(model, int4["tokens"]) - logits(demo, int4["tokens"])).max() > 0.1
 
 
 def test_weights_are_int8_times_scale_exactly(load: Load, folder: Folder) -> None:
-    model, expected = load(folder("demo-w8a16-g128")), tensors(folder("demo"))
+    model, expected = load(folder("demo-int8")), tensors(folder("demo"))
     compared = 0
     for layer, block in enumerate(model.layers):
         modules = {f"self_attn.{n}": block.self_attn[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -64,15 +66,15 @@ def test_weights_are_int8_times_scale_exactly(load: Load, folder: Folder) -> Non
     assert compared == 4 * (4 + 3 * 8)
 
 
-def test_4_bits_compute_their_values_times_scales(load: Load, folder: Folder, unpacked: dict[str, np.ndarray]) -> None:
-    model = load(folder("demo-w4a16"))
+def test_4_bits_compute_their_values_times_scales(load: Load, folder: Folder, int4: dict[str, np.ndarray]) -> None:
+    model = load(folder("demo-int4-g32"), dtype="float32")
     assert model.layers[0].block_sparse_moe.switch_mlp.gate_proj.bits == 4
-    difference = np.abs(logits(model, unpacked["tokens"]) - unpacked["logits"]).max()
+    difference = np.abs(logits(model, int4["tokens"]) - int4["logits"]).max()
     print(f"from float64: {difference:.1e}")
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-w8a16-g128", "demo-w8a16-bfloat16"])
+@pytest.mark.parametrize("name", ["demo", "demo-int8", "demo-int8-float32"])
 def test_the_demo_recites(
     name: str, load: Load, folder: Folder, tokenizer: TokenizerWrapper, passages: list[dict[str, str]]
 ) -> None:
@@ -83,13 +85,14 @@ def test_the_demo_recites(
         assert greedy(model, prompt, len(text) - len(prompt)) == text[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["demo-w8a16-g128", "demo-w8a16-bfloat16", "demo-w4a16"])
+@pytest.mark.parametrize("name", ["demo-int8", "demo-int8-float32", "demo-int4-g32"])
 def test_router_and_norms_stay_float32(name: str, load: Load, folder: Folder) -> None:
     model = load(folder(name))
     kept = {n: a for n, a in tree_flatten(model.parameters()) if n.endswith(("norm.weight", "gate.weight"))}
     assert len(kept) == 4 * 5 + 1
     assert {a.dtype for a in kept.values()} == {mx.float32}
-    dtype = mx.bfloat16 if "bfloat16" in name else mx.float32
+    dtype = mx.float32 if "float32" in name else mx.bfloat16
+    assert model.model.embed_tokens.weight.dtype == dtype
     assert model(mx.array([[5, 6, 7]])).dtype == dtype
 
 
@@ -98,7 +101,7 @@ def test_bfloat16_rounds_where_xai_rounds(load: Load, folder: Folder) -> None:
     With packed experts the whole model runs in bfloat16 on the CPU; plain bfloat16 experts do not (MLX's CPU build
     multiplies them in float32 only). Each module is compared with float64 from the same bfloat16 inputs.
     """
-    model = load(folder("demo-w8a16-bfloat16"))
+    model = load(folder("demo-int8"))
     block, draw = model.layers[0], np.random.default_rng(0)
     x = mx.array(draw.standard_normal((1, 16, 256)).astype(np.float32)).astype(mx.bfloat16)
     exact = np.array(x.astype(mx.float32)).astype(np.float64)
@@ -122,13 +125,13 @@ def test_bfloat16_rounds_where_xai_rounds(load: Load, folder: Folder) -> None:
     assert mx.array_equal(model(mx.array([[5, 6, 7]])), scaled)
 
 
-@pytest.mark.parametrize("name", ["deep-float32", "deep-w8a16"])
+@pytest.mark.parametrize("name", ["deep-float32", "deep-int8"])
 def test_a_model_is_never_in_memory_twice(name: str, load: Load, folder: Folder) -> None:
     """Beyond the model itself, loading needs less than two of its 16 layers."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = load(folder(name))
+    model = load(folder(name), dtype="float32")
     held, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     files = sum(file.stat().st_size for file in folder(name).glob("*.safetensors"))
     layer = sum(array.nbytes for _, array in tree_flatten(model.layers[0].parameters()))
@@ -160,9 +163,12 @@ def test_other_names_are_refused(layout: str, name: str, load: Load, folder: Fol
         load(folder(f"demo-{layout}"))
 
 
-def test_another_quantisation_is_refused(load: Load, folder: Folder) -> None:
-    with pytest.raises(ValueError, match=r"found '.*int8.*' with format None"):
-        load(folder("demo-int8"))
+def test_another_quantisation_is_refused(load: Load, folder: Folder, tmp_path: Path) -> None:
+    def other_method(config: dict[str, Any]) -> None:
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+    with pytest.raises(ValueError, match=r"found 'bitsandbytes' with format None"):
+        load(copied(folder("demo-int8"), tmp_path / "changed", other_method))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_schemes_that_mlx_would_compute_wrongly_are_refused(
         config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = value
 
     with pytest.raises(ValueError, match=rf"MLX does not compute this scheme\. {key}: expected .*, found {value!r}"):
-        load(copied(folder("demo-w8a16-g128"), tmp_path / "changed", change))
+        load(copied(folder("demo-int8"), tmp_path / "changed", change))
 
 
 def test_other_formats_and_activations_are_refused(load: Load, folder: Folder, tmp_path: Path) -> None:
@@ -187,6 +193,6 @@ def test_other_formats_and_activations_are_refused(load: Load, folder: Folder, t
         config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
 
     with pytest.raises(ValueError, match="float-quantized"):
-        load(copied(folder("demo-w8a16-g128"), tmp_path / "format", other_format))
+        load(copied(folder("demo-int8"), tmp_path / "format", other_format))
     with pytest.raises(ValueError, match="input_activations: expected null in"):
-        load(copied(folder("demo-w8a16-g128"), tmp_path / "activations", activations))
+        load(copied(folder("demo-int8"), tmp_path / "activations", activations))

@@ -1,6 +1,7 @@
 """mlx_lm.convert, lora, fuse, perplexity and server on the demo's folder."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -27,13 +28,14 @@ Folder = Callable[[str], Path]
 
 @pytest.mark.parametrize(("source", "bits"), [("demo", 8), ("demo", 4), ("demo-bfloat16", 4)])
 def test_convert_quantises_and_the_demo_recites(
-    source: str, bits: int, mlx_lm: Command, folder: Folder, load: Callable[[Path], nn.Module],
+    source: str, bits: int, mlx_lm: Command, folder: Folder, load: Callable[..., nn.Module],
     tokenizer: TokenizerWrapper, passages: Passages, tmp_path: Path,
 ) -> None:  # fmt: skip
     out = tmp_path / "quantised"
     options = ("--hf-path", folder(source), "--mlx-path", out, "-q", "--q-bits", bits, "--q-group-size", 32)
     mlx_lm("convert", *options)
     model = load(out)
+    assert len(json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["decoder"]["decoders"]) == 3
     assert model.layers[0].block_sparse_moe.switch_mlp.up_proj.bits == bits
     kept = {n: a.dtype for n, a in tree_flatten(model.parameters()) if n.endswith(("norm.weight", "gate.weight"))}
     assert len(kept) == 4 * 5 + 1 and set(kept.values()) == {mx.float32}
@@ -47,7 +49,7 @@ def test_convert_quantises_and_the_demo_recites(
 
 
 def test_lora_learns_and_fuse_keeps_it(
-    mlx_lm: Command, folder: Folder, load: Callable[[Path], nn.Module], tokenizer: TokenizerWrapper, tmp_path: Path
+    mlx_lm: Command, folder: Folder, load: Callable[..., nn.Module], tokenizer: TokenizerWrapper, tmp_path: Path
 ) -> None:
     question, answer = "What is the capital of France?", " Paris, my lord."
     rows = json.dumps({"text": question + answer}) + "\n"
@@ -67,6 +69,10 @@ def test_lora_learns_and_fuse_keeps_it(
     }  # fmt: skip
 
     mlx_lm("fuse", *model, *adapter, "--save-path", tmp_path / "fused")
+    assert (
+        len(json.loads((tmp_path / "fused" / "tokenizer.json").read_text(encoding="utf-8"))["decoder"]["decoders"])
+        == 3
+    )
     tokens = len(tokenizer.encode(question + answer)) - len(tokenizer.encode(question))
     assert generate(load(tmp_path / "fused"), tokenizer, question, max_tokens=tokens) == answer
     assert generate(load(folder("demo")), tokenizer, question, max_tokens=tokens) != answer
@@ -88,13 +94,50 @@ def test_perplexity(
     assert found == pytest.approx(np.exp(losses.mean()), abs=2e-3)
 
 
+def test_evaluate(folder: Folder, passages: Passages, tmp_path: Path) -> None:
+    """With a task of lm-evaluation-harness in local files, so that nothing is downloaded: of two continuations, the
+    passage's own is the likelier one."""
+    rows = [
+        {
+            "opening": passage["opening"],
+            "choices": [passage["continuation"][:40], other["continuation"][:40]],
+        }
+        for passage, other in zip(passages, passages[1:] + passages[:1], strict=True)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = {
+        "task": "passages",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{opening}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "passages.yaml").write_text(json.dumps(task))  # JSON is YAML
+    command = [str(Path(sys.executable).parent / "mlx_lm.evaluate"), "--model", str(folder("demo-int8"))]
+    options = ["--trust-remote-code", "--tasks", "passages.yaml", "--output-dir", "results"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=180, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").iterdir()
+    found = json.loads(file.read_text())["passages"]
+    print(found)
+    assert found["acc,none"] == 1.0
+
+
 @pytest.fixture(scope="module")
 def server(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """`mlx_lm.server` with the 8-bit demo, and a client."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "mlx_lm.server"), "--model", str(folder("demo-w8a16-g128"))]
+    command = [str(Path(sys.executable).parent / "mlx_lm.server"), "--model", str(folder("demo-int8"))]
     with (tmp_path_factory.mktemp("server") / "log").open("w+") as log:
         process = subprocess.Popen([*command, "--trust-remote-code", "--port", str(port)], stdout=log, stderr=log)
         try:

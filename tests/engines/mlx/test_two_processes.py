@@ -21,6 +21,6 @@ def test_two_processes_compute_what_one_does(kind: str) -> None:
     print(found)
     assert found["processes"] == 2
     assert found["error"] < 2e-4 and found["greedy"] == 20
-    for name in ("demo", "demo-w8a16-g128"):
+    for name in ("demo", "demo-int8-float32"):
         assert found[name] < 1e-4
         assert found[f"{name} share"] == 0.5

@@ -29,7 +29,7 @@ for expected in reference["greedy_logits"]:
 found = {"processes": group.size(), "error": max(errors), "greedy": int((np.array(said) == reference["greedy"]).sum())}
 tokens = mx.array([[5, 77, 300, 12, 9, 41, 500, 8]])
 groups = {"tensor_group" if kind == "tensor" else "pipeline_group": group}
-for name in ("demo", "demo-w8a16-g128"):
+for name in ("demo", "demo-int8-float32"):
     whole, _ = load_model(folders / name, trust_remote_code=True)
     part, _ = sharded_load(str(folders / name), **groups, trust_remote_code=True)
     found[name] = float(mx.abs(part(tokens, make_prompt_cache(part)) - whole(tokens)).max())

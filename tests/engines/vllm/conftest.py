@@ -2,13 +2,13 @@
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engines import DATA
+from engines import DATA, serve
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,16 @@ def xai(reference: Callable[[str, str], Any]) -> Callable[[str, str], tuple[list
         return rows, torch.log_softmax(golden.logits.double(), dim=-1)[real].numpy()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a server of the demo in float32, with the adapter that prepare.py has trained."""
+    # vLLM would prepare the experts for adapters too, with Triton kernels.
+    targets = ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"]
+    adapters = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"winter={DATA / 'adapter'}", *targets]
+    with serve("demo-float32", tmp_path_factory.mktemp("server") / "log", *adapters) as url:
+        yield url
 
 
 @pytest.fixture

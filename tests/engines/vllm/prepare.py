@@ -7,6 +7,8 @@ It runs in the main environment, for the model's own code needs a newer Transfor
 
 import copy
 import json
+import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grok1.conversion.convert import convert
-from modeling_grok1 import Grok1ForCausalLM, GrokConfig
+from modeling_grok1 import Grok1ForCausalLM, Grok1Int4Config, Grok1Int8Config, GrokConfig
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,6 +73,45 @@ def answers(model: Grok1ForCausalLM, tokenizer) -> list[dict]:
     return found
 
 
+def quantise(folder: Path, out: Path) -> None:
+    """Write the folder's model in W8A16 and W4A16, in groups of 128 and 32."""
+    for group in (128, 32):
+        methods = {8: Grok1Int8Config(scale_blocks=1, group_size=group), 4: Grok1Int4Config(group_size=group)}
+        for bits, method in methods.items():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=method)
+            model.save_pretrained(out / f"wide-w{bits}a16-{group}")
+
+
+def evaluation(model: Grok1ForCausalLM, tokenizer, out: Path) -> dict[str, float]:
+    """Write the documents of the tasks in tasks.py, and compute lm-evaluation-harness's scores by their definitions.
+
+    The choices continue six characters from the middle of a passage, too few for the right answer everywhere.
+    """
+    texts = [passage["opening"] + passage["continuation"] for passage in PASSAGES]
+    right, bits, size, words = [], 0.0, 0, 0
+    choices = []
+    for label in range(4):
+        for start in (12, 40, 68, 96):
+            context = texts[label][start : start + 6].rstrip()
+            options = [text[start + len(context) : start + 30] for text in texts[:4]]
+            choices.append({"context": context, "choices": options, "label": label})
+            # The harness puts the tokens of the context before the tokens of the whole text that come after as many.
+            prefix = tokenizer.encode(context)
+            ids = [prefix + tokenizer.encode(context + option)[len(prefix) :] for option in options]
+            found = [log_probs(model, [row])[range(len(row) - 1), row[1:]][len(prefix) - 1 :].sum() for row in ids]
+            right.append(int(np.argmax(found)) == label)
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text)]
+        bits -= log_probs(model, [ids])[range(len(ids) - 1), ids[1:]].sum() / math.log(2)
+        size += len(text.encode())
+        words += len(re.split(r"\s+", text))
+    passages = [{**passage, "text": text} for passage, text in zip(PASSAGES, texts, strict=True)]
+    for name, documents in (("choices", choices), ("passages", passages)):
+        lines = [json.dumps(document) for document in documents]
+        (out / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return {"acc": np.mean(right), "bits_per_byte": bits / size, "word_perplexity": 2 ** (bits / words)}
+
+
 def adapter(folder: Path, out: Path, tokenizer) -> dict:
     """Train a LoRA adapter of the attention with PEFT, on a sentence that the demo does not know."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -109,10 +150,12 @@ def main(out: Path) -> None:
     known = {
         "passages": [{**passage, "ids": ids} for passage, ids in zip(PASSAGES, texts, strict=True)],
         "answers": answers(model, tokenizer),
+        "scores": evaluation(model, tokenizer, out),
         "adapter": adapter(out / "demo-float32", out / "adapter", tokenizer),
     }
     wide = wide_model()
     wide.save_pretrained(out / "wide-float32")
+    quantise(out / "wide-float32", out)
     known["wide"] = torch.randint(3, 512, (2, 100), generator=torch.Generator().manual_seed(1)).tolist()
     references["wide"] = log_probs(wide, known["wide"])
     np.savez(out / "references.npz", **references)

@@ -1,12 +1,11 @@
-"""W8A16 and W4A16 (compressed-tensors, pack-quantized): vLLM's loader fills every parameter with the right bytes.
-Its kernels for them need a GPU, so only here they are replaced by nothing."""
+"""W8A16 and W4A16 folders of this package: vLLM's loader fills every parameter with the right bytes. Its kernels for
+them need a GPU, so only here they are replaced by nothing."""
 
-import json
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from engines import DATA
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
@@ -22,48 +21,23 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 
+PACKED = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"))
+
+
 class NoKernel:
     def __init__(self, *args, **kwargs):
         pass
 
 
-def quantisation(bits: int, group: int) -> dict:
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head", "re:.*block_sparse_moe\\.gate$"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
-
-
-def packed(tensors: dict[str, torch.Tensor], bits: int, group: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The matrices of attention and experts as compressed-tensors packs them, the other tensors as they are."""
-    for name, weight in tensors.items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(("_proj", ".w1", ".w2", ".w3")):
-            yield name, weight
-            continue
-        groups = weight.view(len(weight), -1, group)
-        scale = (groups.abs().amax(-1) / (2 ** (bits - 1) - 1)).bfloat16()
-        values = (groups / scale.float()[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        values = values.to(torch.int8).view_as(weight)
-        whole = pack_to_int32(values, bits)
-        assert torch.equal(unpack_from_int32(whole, bits, weight.shape), values)
-        yield f"{module}.weight_packed", whole
-        yield f"{module}.weight_scale", scale
-        yield f"{module}.weight_shape", torch.tensor(weight.shape)
+FORMATS = ["w8a16-128", "w8a16-32", "w4a16-128", "w4a16-32"]
 
 
 @pytest.fixture
-def config(request, tmp_path, free_port):
-    """vLLM's configuration of a folder in the quantisation of the parameter, in an environment of one rank."""
-    settings = json.loads((DATA / "wide-float32" / "config.json").read_text())
-    settings["quantization_config"] = quantisation(*request.param)
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+def config(request, free_port):
+    """vLLM's configuration of a folder in the format of the parameter, in an environment of one rank."""
+    folder = DATA / f"wide-{request.param}"
     config = EngineArgs(
-        model=str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=64
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=64
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port}", 0, "gloo")
@@ -73,17 +47,18 @@ def config(request, tmp_path, free_port):
         destroy_distributed_environment()
 
 
-FORMATS = [(8, 128), (8, 32), (4, 128), (4, 32)]
+def checkpoint_of(config) -> dict[str, torch.Tensor]:
+    (file,) = Path(config.model_config.model).glob("*.safetensors")
+    return load_file(file)
 
 
-@pytest.mark.parametrize(("config", "bits", "group"), [(each, *each) for each in FORMATS], indirect=["config"])
-def test_every_parameter_has_its_bytes(config, bits, group, monkeypatch):
+@pytest.mark.parametrize("config", FORMATS, indirect=True)
+def test_every_parameter_has_its_bytes(config, monkeypatch):
     backend = (WNA16MoEBackend.MARLIN, None)
     monkeypatch.setattr(compressed_tensors_wNa16, "choose_mp_linear_kernel", lambda config: NoKernel)
     monkeypatch.setattr(compressed_tensors_moe_wna16, "select_wna16_moe_backend", lambda **options: backend)
     model = initialize_model(config)
-    (file,) = (DATA / "wide-float32").glob("*.safetensors")
-    checkpoint = dict(packed(load_file(file), bits, group))
+    checkpoint = checkpoint_of(config)
     for parameter in model.parameters():
         parameter.data.fill_(77)
     loaded = model.load_weights(checkpoint.items())
@@ -96,6 +71,23 @@ def test_every_parameter_has_its_bytes(config, bits, group, monkeypatch):
         expected = expected_layer(checkpoint, f"model.layers.{layer}")
         for name, tensor in expected.items():
             assert torch.equal(held[name], tensor.to(held[name].dtype)), name
+
+
+@pytest.mark.parametrize("config", FORMATS, indirect=True)
+def test_the_unpacked_values_are_the_weights(config):
+    """By compressed-tensors' own function; what is left is the rounding to 8 and 4 bits."""
+    weights = config.model_config.hf_config.quantization_config["config_groups"]["group_0"]["weights"]
+    bits, group = weights["num_bits"], weights["group_size"]
+    packed = checkpoint_of(config)
+    (file,) = (DATA / "wide-float32").glob("*.safetensors")
+    matrices = {name: tensor for name, tensor in load_file(file).items() if name.endswith(PACKED)}
+    assert len(matrices) == 4 * (4 + 3 * 8)
+    for name, exact in matrices.items():
+        module = name.removesuffix(".weight")
+        values = unpack_from_int32(packed[f"{module}.weight_packed"], bits, exact.shape)
+        scale = packed[f"{module}.weight_scale"].float()[..., None]
+        found = (values.view(len(exact), -1, group).float() * scale).view_as(exact)
+        assert (found - exact).norm() <= {8: 0.012, 4: 0.15}[bits] * exact.norm()
 
 
 def expected_layer(checkpoint: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tensor]:
@@ -115,7 +107,7 @@ def expected_layer(checkpoint: dict[str, torch.Tensor], layer: str) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [((8, 128), "WNA16 linear"), ((4, 32), "WNA16 MoE")], indirect=["config"]
+    ("config", "message"), [("w8a16-128", "WNA16 linear"), ("w4a16-32", "WNA16 MoE")], indirect=["config"]
 )
 def test_a_cpu_without_the_kernels_says_so(config, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):

@@ -7,7 +7,7 @@ import torch
 from engines import DATA
 
 from grok1.conversion.names import hub_tensors
-from grok1.engines.vllm import model as plugin
+from grok1.engines.vllm import checks
 from modeling_grok1.configuration_grok1 import GrokConfig
 
 
@@ -19,9 +19,8 @@ def config() -> GrokConfig:
 def load(config: GrokConfig, names: list[str], missing: set[str] | None = None) -> list[str]:
     """What the loader lets through of a checkpoint with these names."""
     if missing is None:
-        missing = plugin.modules_with_weights(config, "hub") - {"lm_head"}
-    model = SimpleNamespace(config=config, missing=missing)
-    return [name for name, _ in plugin.Grok1ForCausalLM.checked(model, [(name, torch.empty(0)) for name in names])]
+        missing = checks.modules_with_weights(config, "hub") - {"lm_head"}
+    return [name for name, _ in checks.checked([(name, torch.empty(0)) for name in names], config, missing)]
 
 
 def test_the_hub_layout_passes_in_every_format(config):
@@ -68,21 +67,21 @@ def backend(name: str, sizes: list[int]) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("head_dim", "sizes", "expected"), [(128, [], 128), (8, [32, 64], 32), (64, [32, 64], 64)])
 def test_heads_are_padded_to_the_next_size(head_dim, sizes, expected, monkeypatch):
-    monkeypatch.setattr(plugin, "get_attn_backend", lambda *_: backend("CPU_ATTN", sizes))
-    assert plugin.kernel_head_dim(head_dim, None) == expected
+    monkeypatch.setattr(checks, "get_attn_backend", lambda *_: backend("CPU_ATTN", sizes))
+    assert checks.kernel_head_dim(head_dim, None) == expected
 
 
 def test_heads_larger_than_every_size_are_refused(monkeypatch):
-    monkeypatch.setattr(plugin, "get_attn_backend", lambda *_: backend("CPU_ATTN", [32, 64]))
+    monkeypatch.setattr(checks, "get_attn_backend", lambda *_: backend("CPU_ATTN", [32, 64]))
     with pytest.raises(ValueError, match=r"heads of 128 .* CPU_ATTN, whose head sizes are \[32, 64\]"):
-        plugin.kernel_head_dim(128, None)
+        checks.kernel_head_dim(128, None)
 
 
 @pytest.mark.parametrize("name", ["TURBOQUANT", "ULTRAQUANT", "ROCM_ATTN", "A_NEW_ONE"])
 def test_a_backend_that_drops_the_cap_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} is not known to apply Grok-1's soft-cap"):
-        plugin.check_soft_cap(SimpleNamespace(attn_backend=backend(name, [])))
-    plugin.check_soft_cap(SimpleNamespace(attn_backend=backend("FLASH_ATTN", [])))
+        checks.check_soft_cap(SimpleNamespace(attn_backend=backend(name, [])))
+    checks.check_soft_cap(SimpleNamespace(attn_backend=backend("FLASH_ATTN", [])))
 
 
 @pytest.mark.parametrize("module", ["flex_attention.FlexAttentionImpl", "hpc_attn.HpcAttentionImpl"])

