@@ -44,7 +44,8 @@ def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     sizes = vars(release_sizes())
     (folder / "config.json").write_text(json.dumps({**sizes, "tie_word_embeddings": True}))
-    return card_facts(folder, hub_tensors(release_sizes()), shards={f"model-{number:05d}-of-00130.safetensors": 10**9 for number in range(1, 131)})
+    shards = {f"model-{number:05d}-of-00130.safetensors": 10**9 for number in range(1, 131)}
+    return card_facts(folder, hub_tensors(release_sizes()), shards)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
