@@ -171,5 +171,5 @@ def test_an_empty_folder(golden, tmp_path):
     (tmp_path / "empty").mkdir()
     assert verify_output(tmp_path / "empty", golden / "tiny-1")
     assert verify_output(tmp_path / "nothing", golden / "tiny-1") == [
-        f"{tmp_path / 'nothing'}: expected a converted folder, found none"
+        f"{tmp_path / 'nothing'}: expected a converted folder or a GGUF file, found none"
     ]

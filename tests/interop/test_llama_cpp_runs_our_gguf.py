@@ -30,7 +30,6 @@ OWN_KEYS = {
     "general.name",
     "general.basename",
     "general.description",
-    "general.tags",
     "tokenizer.ggml.add_space_prefix",
 }
 Q4_0, Q8_0, Q4_K_M = 2, 7, 15  # llama_ftype
