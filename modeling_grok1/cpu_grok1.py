@@ -289,7 +289,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y = matmul_by_reduction(x.reshape(1, -1), weight[None], only)
     elif is_first(TILES, weight.dtype, rows, compiling, gradients) and can_multiply_tiles(x, weight, None):
         y = tiled_matmul(x.reshape(-1, x.shape[-1]), weight)
-    elif weight.dtype == BF16 and not is_first(PLAIN, weight.dtype, 2, compiling, gradients):
+    elif any(is_first(product, weight.dtype, rows, compiling, gradients) for product in (FLOAT32, TILES)):
         y = linear_in_float32(x.reshape(-1, x.shape[-1]), weight, gradients)
     else:
         return F.linear(x, weight)
