@@ -169,6 +169,7 @@ def _add_general_keys(writer: Any, description: str, is_release: bool) -> None:
         writer.add_base_model_name(0, "Grok-1")
         writer.add_base_model_organization(0, "xAI")
         writer.add_base_model_repo_url(0, SOURCE)
+    writer.add_languages(["en"])
     writer.add_tags(["grok-1", "mixture-of-experts", "moe", "base-model", "text-generation"])
 
 

@@ -74,8 +74,9 @@ class FusedWeight:
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
         self.matrices = weight.unbind(0)
-        plain = type(weight) in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-        self.in_place = plain and weight.requires_grad and torch.is_grad_enabled()
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and not hasattr(weight, "ds_id")  # not cut by ZeRO-3
+        training = weight.requires_grad and torch.is_grad_enabled()
+        self.in_place = plain and training and not torch.compiler.is_compiling()
         self.called: set[int] = set()
         self.pending: set[int] = set()
         self.gradient: torch.Tensor | None = None

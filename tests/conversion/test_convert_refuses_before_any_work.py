@@ -181,7 +181,7 @@ def test_scales_that_are_not_finite(source, tmp_path, bits):
 @pytest.mark.parametrize("layout", ["fused", "hpcai", "keyfan"])
 def test_int8_in_layouts_whose_readers_do_not_know_it(source, tmp_path, layout):
     message = refusal(source, tmp_path / "out", dtype="int8", layout=layout)
-    assert f"layout: expected hub with dtype int8 (no engine reads another), found '{layout}'" in message
+    assert f"layout: expected hub or gguf with dtype int8 (no engine reads another), found '{layout}'" in message
 
 
 def test_groups_that_do_not_divide_are_refused_with_what_would_do(source, tmp_path):

@@ -76,6 +76,8 @@ def is_run_here(block: Block) -> bool:
         return False
     if block.needs is None:
         return True
+    if "the server above" in block.needs:
+        return False
     if "make ecosystem" in block.needs:
         return bool(os.environ.get("GROK1_ECOSYSTEM"))
     return not any(pattern.search(block.code) for pattern in (ELSEWHERE, NO_STAND_IN, MISSING_PROGRAM))

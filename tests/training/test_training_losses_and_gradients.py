@@ -244,7 +244,7 @@ def test_the_balance_of_a_step_with_a_cache_is_that_of_its_tokens(model, batch, 
 
 @pytest.mark.parametrize("tokens", [[[5]], [[5, 9, 11, 40]]], ids=["one-token", "four"])
 def test_the_gradient_of_the_experts_is_written_in_place_and_whole(model, tokens):
-    """Zero for experts that were not chosen, the same twice from one graph, of the rows alone where they are frozen."""
+    """Zero for unchosen experts, the same twice from one graph, and of the rows alone where the experts are frozen."""
     model.set_experts_implementation("eager")
     experts = model.model.layers[1].block_sparse_moe.experts
     tokens = torch.tensor(tokens)
