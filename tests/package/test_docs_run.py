@@ -59,12 +59,13 @@ def commands(code: str) -> list[str]:
     return [line for line in joined if line.strip() and not line.lstrip().startswith("#")]
 
 
-# Run by another test, with servers and clients of their own: tests/serving/test_serve_docs_run.py, tests/engines.
+# Run by other tests: servers and their clients by tests/serving/test_serve_docs_run.py, engines by tests/engines, the
+# compiled decoding step, which takes minutes to compile, by the slow tests of tests/cli/test_demo_commands.py.
 ELSEWHERE = re.compile(
-    r"^(grok1 serve|transformers chat|python -m vllm|mlx\.|mlx_lm\.(convert|server)|cmake|llama-)", re.M
+    r"^(grok1 serve|transformers chat|python -m vllm|lm_eval |mlx\.|mlx_lm\.(convert|server)|cmake|llama-)", re.M
 )
 NO_STAND_IN = re.compile(
-    r"^\s*(from|import) (vllm|mlx|mlx_lm|openai|nnsight|deepspeed|lm_eval|trl|llmcompressor)\b", re.M
+    r"^\s*(from|import) (vllm|mlx|mlx_lm|openai|nnsight|deepspeed|lm_eval|trl|llmcompressor)\b|CompileConfig", re.M
 )
 MISSING_PROGRAM = re.compile(r"^(python (benchmarks|llama\.cpp|convert_hf)|deepspeed|accelerate launch|docker)", re.M)
 
@@ -75,6 +76,8 @@ def is_run_here(block: Block) -> bool:
         return False
     if block.needs is None:
         return True
+    if "the server above" in block.needs:
+        return False
     if "make ecosystem" in block.needs:
         return bool(os.environ.get("GROK1_ECOSYSTEM"))
     return not any(pattern.search(block.code) for pattern in (ELSEWHERE, NO_STAND_IN, MISSING_PROGRAM))
@@ -189,7 +192,7 @@ def known_options(line: str, where: str) -> None:
 def test_the_hardware_table_is_computed(tmp_path):
     """docs/hardware.md, row by row, from the sizes of the release."""
     (tmp_path / "config.json").write_text(json.dumps(vars(release_sizes())))
-    facts = card_facts(tmp_path, hub_tensors(release_sizes()), shards=[1])
+    facts = card_facts(tmp_path, hub_tensors(release_sizes()), shards={"model.safetensors": 1})
     text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
     for row in facts.memory:
         weights = f"{row.weights / 1e9:.1f} GB" if row.weights < 1e12 else f"{row.weights / 1e12:.1f} TB"
@@ -239,8 +242,9 @@ def test_the_messages_that_are_explained_exist():
         "a Git LFS pointer, not the file itself",
     ):
         assert message in text and message in code, message
-    assert re.findall(r"^### (\d+)\.", text, re.M) == [str(n) for n in range(1, 26)]
-    assert text.count("**Why.**") == text.count("**Cure.**") == 25
+    numbers = re.findall(r"^### (\d+)\.", text, re.M)
+    assert len(numbers) >= 25 and numbers == [str(n + 1) for n in range(len(numbers))]
+    assert text.count("**Why.**") == text.count("**Cure.**") == len(numbers)
 
 
 def test_links_between_pages_lead_somewhere():

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def test_the_page_is_known():
     assert [language for language, _ in BLOCKS] == [
         "bash",  # the demo
-        *("bash", "python", "bash", "bash", "bash"),  # vLLM, which needs GPUs
+        *("bash", "python", "bash", "bash", "bash", "bash"),  # vLLM, which needs GPUs
         *("bash", "python", "bash", "text", "bash", "python", "bash"),
     ]
     assert [server.split()[:3] for server in SERVERS] == [["grok1", "serve", "grok-1-hf"]] * 3
