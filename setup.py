@@ -44,7 +44,11 @@ REQUIREMENTS = [
 
 SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1", "pydantic>=2.14,<3"]
 
+# The files of llama.cpp; numpy, tqdm, requests and pyyaml are all that it needs.
+GGUF = ["gguf>=0.19,<0.20"]
+
 EXTRAS = {
+    "gguf": GGUF,
     "peft": ["peft>=0.21,<0.22"],
     "plot": ["matplotlib>=3.10,<4"],
     "serve": SERVE,
@@ -56,6 +60,7 @@ EXTRAS = {
         "matplotlib>=3.10,<4",
         "triton>=3.7,<4; platform_system == 'Linux'",
         *SERVE,
+        *GGUF,
         "transformers[serving]>=5.21,<6",
         "openai>=3.52,<4",
     ],

@@ -1,10 +1,10 @@
-"""How fast does this disk deliver experts, and how many tokens a second would the released model make from it?
+"""Read bandwidth of a disk for experts, and the tokens/s of the released model that follow from it.
 
-    python benchmarks/bench_offload.py --folder /on/the/disk/in/question
+    python benchmarks/bench_offload.py --folder /a/folder/on/the/disk
 
 Writes a few experts of the released size into the folder (bfloat16, then int8), drops them from the page cache, reads
 them as `experts_on="disk"` does, the two experts of a layer at a time, and deletes them. Prints a table in Markdown.
-Where there is no GPU the copy to it is left out.
+Without a GPU the copy to it is skipped.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def write_experts(path: Path, config: GrokConfig, int8: bool) -> None:
 
 
 def read_rate(path: Path, config: GrokConfig, int8: bool, repeats: int) -> tuple[float, int]:
-    """Bytes a second from the disk, the fastest of `repeats` passes over the file, and the bytes of one expert."""
+    """Bytes per second from the disk, the fastest of `repeats` passes over the file, and the bytes of one expert."""
     experts = find_experts(config, [str(path)], lambda name: name, blocks=8 if int8 else None)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "meta")
     store = ExpertStore(experts, DISK, read_ahead=config.num_experts_per_tok)

@@ -1,13 +1,13 @@
-"""Decode, prefill, loading and import, against the limit of the machine and against others: `make bench`.
+"""Decode, prefill, loading and import time, compared with the machine's limits and other engines: `make bench`.
 
     python benchmarks/bench_speed.py [--rounds N] [--threads N] [--llama PYTHON CONVERTER] [--out FILE]
 
-A Grok-1 of about 1.1 billion parameters with random weights, on the CPU. Its rivals have the same sizes: Mixtral as
-Transformers has it (each experts implementation, plain and compiled), llama.cpp on the same weights, and the way in
-which xAI's JAX code computes (dequantise, run all experts on every token, combine by one-hot), rewritten here. Each
-model lies in a process of its own, idle between questions. In each round every contestant runs once, one after the
-other, in every second round from the last to the first; a ratio is taken inside a round, and its median and range over
-the rounds are printed. Run it on a machine that does nothing else: it needs 16 GB of memory and 8 GB of disk.
+A Grok-1 of about 1.1 billion parameters with random weights, on the CPU, is compared with models of the same sizes:
+Transformers' Mixtral (each experts implementation, plain and compiled), llama.cpp on the same weights, and the method
+of xAI's JAX code (dequantise, run all experts on every token, combine by one-hot), reimplemented here. Each has a
+process of its own, idle between requests. In each round every candidate runs once, in reverse order in every second
+round; ratios are taken within a round, and their median and range over the rounds are printed. Run it on an idle
+machine with 16 GB of memory and 8 GB of disk.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 
 import grok1
 from modeling_grok1 import Grok1Int8Config, GrokConfig
+from modeling_grok1.cpu_grok1 import fast_decoding
 from modeling_grok1.experts_grok1 import geglu
 from modeling_grok1.quantized_grok1 import QuantizedExperts, QuantizedLinear, dequantise
 
@@ -54,10 +55,12 @@ SIZES = {
 PROMPT, STEPS, CONTEXT = 16, 24, 512
 PREFILL, PROMPTS = 256, 3
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
+# With one thread bench_cpu.py may take the CPU time of the process instead, which other processes disturb less.
+CLOCK = time.perf_counter
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Contestants: two functions each, seconds of one decode step and seconds of one prompt
+# Candidates: two functions each, seconds of one decode step and seconds of one prompt
 # --------------------------------------------------------------------------------------------------------------------
 def tokens(count: int, seed: int) -> torch.Tensor:
     """1 count"""
@@ -70,9 +73,10 @@ def decode(model: nn.Module, seed: int, steps: int = STEPS) -> float:
     cache = model(tokens(PROMPT, seed), use_cache=True).past_key_values
     seconds = []
     for token in tokens(steps, seed + 1)[0]:
-        begin = time.perf_counter()
-        model(token.view(1, 1), past_key_values=cache, use_cache=True)
-        seconds.append(time.perf_counter() - begin)
+        begin = CLOCK()
+        with fast_decoding(model):  # as `generate` does, once for its loop
+            model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        seconds.append(CLOCK() - begin)
     return statistics.median(seconds)
 
 
@@ -83,9 +87,10 @@ def decode_compiled(model: nn.Module, step: Callable, seed: int, steps: int = ST
     seconds = []
     for i, token in enumerate(tokens(steps, seed + 1)[0]):
         position = torch.tensor([[PROMPT + i]])
-        begin = time.perf_counter()
-        step(token.view(1, 1), past_key_values=cache, use_cache=True, position_ids=position)
-        seconds.append(time.perf_counter() - begin)
+        begin = CLOCK()
+        with fast_decoding(model):
+            step(token.view(1, 1), past_key_values=cache, use_cache=True, position_ids=position)
+        seconds.append(CLOCK() - begin)
     return statistics.median(seconds)
 
 
@@ -94,9 +99,9 @@ def prefill(model: nn.Module, seed: int, prompts: int = PROMPTS) -> float:
     seconds = []
     for i in range(prompts):  # the first after other work is slower
         prompt = tokens(PREFILL, prompts * seed + i)
-        begin = time.perf_counter()
+        begin = CLOCK()
         model(prompt, use_cache=True, logits_to_keep=1)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(CLOCK() - begin)
     return statistics.median(seconds)
 
 
@@ -110,7 +115,7 @@ def experts_implementation(model: nn.Module, name: str):
 
 @contextmanager
 def as_jax():
-    """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix picks."""
+    """xAI's JAX code: whole matrices are dequantised, all experts see every token, a one-hot matrix selects."""
 
     def linear(self, x):
         return nn.functional.linear(x, dequantise(self.weight, self.weight_scale, x.dtype))
@@ -144,7 +149,7 @@ class Racer:
 
 
 def contestants(kind: str, folder: Path) -> dict[str, Callable[[int], float]]:
-    """The contestants of one model: a name and "decode" or "prefill" to the seconds with a seed."""
+    """The candidates of one model: a name and "decode" or "prefill" to the seconds with a seed."""
     if kind == "mixtral":
         torch.manual_seed(0)
         config = MixtralConfig(**SIZES, num_local_experts=8, sliding_window=None, tie_word_embeddings=True)
@@ -183,7 +188,7 @@ def contestants(kind: str, folder: Path) -> dict[str, Callable[[int], float]]:
 
 
 def answer(kind: str, folder: Path) -> None:
-    """The process of one model: prints the names of its contestants, then answers lines `NAME SEED`."""
+    """The process of one model: prints the names of its candidates, then answers lines `NAME SEED`."""
     runs = contestants(kind, folder)
     print(json.dumps(list(runs)), flush=True)
     for line in sys.stdin:
@@ -192,21 +197,21 @@ def answer(kind: str, folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The machine, and what a token needs of it
+# Limits of the machine, and the work of one token
 # --------------------------------------------------------------------------------------------------------------------
 def read_bandwidth() -> float:
-    """Bytes a second of summing 1 GiB."""
+    """Bytes per second when summing 1 GiB."""
     memory = torch.ones(2**27, dtype=torch.int64)
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = CLOCK()
         memory.sum()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(CLOCK() - begin)
     return memory.nbytes / min(seconds)
 
 
 def matrix_rate() -> float:
-    """bfloat16 FLOP a second of the model's own largest product with 2048 rows."""
+    """bfloat16 FLOP/s of the model's own largest product with 2048 rows."""
     D, F = SIZES["hidden_size"], 2 * SIZES["intermediate_size"]  # noqa: N806
     x, weight = torch.randn(2048, D).bfloat16(), torch.randn(F, D).bfloat16()
     seconds = []
@@ -217,13 +222,13 @@ def matrix_rate() -> float:
     return 2 * 2048 * D * F / min(seconds)
 
 
-def active_bytes(folder: Path) -> int:
+def active_bytes(folder: Path, sizes: dict[str, int] = SIZES) -> int:
     """Bytes of the weights that one token reads. The embedding is read as the head."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
             for name in set(shard.keys()) - {"lm_head.weight"}:
-                share = SIZES["num_experts_per_tok"] / 8 if ".experts." in name else 1
+                share = sizes["num_experts_per_tok"] / 8 if ".experts." in name else 1
                 total += int(shard.get_tensor(name).nbytes * share)
     return total
 
@@ -419,6 +424,8 @@ def race(paths: dict[str, Path], arguments: argparse.Namespace) -> dict[str, lis
             # A prompt of its own for each: one that another run of the same process had would find its products ready.
             seconds[name].append(questions[name](1 + number * len(order) + order.index(name)))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+        if arguments.out:  # what an interrupted run leaves
+            arguments.out.with_suffix(".partial.json").write_text(json.dumps(seconds, indent=1) + "\n")
     for racer in racers:
         racer.close()
     for kind in ("bf16", "int8"):
@@ -523,7 +530,7 @@ def main() -> None:
         default=found if len(found) == 2 else None,
         help="an environment with llama-cpp-python, and llama.cpp's converter; by default those of `make interop`",
     )
-    parser.add_argument("--out", type=Path, help="where to keep the tables")
+    parser.add_argument("--out", type=Path, help="where to keep the tables; each round is kept in FILE.partial.json")
     parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--racer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -545,8 +552,10 @@ def main() -> None:
     text = f"{machine(arguments.threads)}; {arguments.rounds} rounds.\n\n{report(seconds, loads, imports)}\n"
     print(text)
     if arguments.out:
-        before, _, _ = arguments.out.read_text().partition("<!-- measured -->")
+        kept = arguments.out.read_text() if arguments.out.exists() else ""
+        before, _, _ = kept.partition("<!-- measured -->")
         arguments.out.write_text(f"{before}<!-- measured -->\n\n{text}")
+        arguments.out.with_suffix(".partial.json").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

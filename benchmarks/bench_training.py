@@ -2,10 +2,10 @@
 
     python benchmarks/bench_training.py [--rounds N] [--threads N] [--out FILE]
 
-Small models with random weights, of the same sizes. Each contestant lies in a process of its own and trains when
-asked. In each round both take one step, one right after the other; a ratio is taken inside a round, and its median and
-range are printed. Time is the process's CPU time, which other processes disturb less than the clock;
-memory is the peak of resident memory in a step, over what was resident before it.
+Small models with random weights, of the same sizes, each in a process of its own. In each round both take one step,
+one directly after the other; ratios are taken within a round, and their median and range are printed. Time is the
+process's CPU time, which other processes disturb less than wall-clock time; memory is the peak of resident memory in a
+step minus what was resident before it.
 """
 
 import argparse

@@ -145,7 +145,7 @@ def _plan(folder: Path, out: Path, settings: Settings) -> tuple[Plan, Folder]:
         dtype = "bfloat16"
     shards = plan_shards(hub_tensors(config, "hub", dtype).values(), settings.max_shard_bytes)
     problems += _mismatches(shards, weights.tensors)
-    written = written_config(config, dtype, settings.inputs_per_scale)
+    written = written_config(config, dtype, "hub", settings.inputs_per_scale)
     tokenizer = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_file() else None
     record = {
         "settings": {

@@ -16,9 +16,9 @@ from grok1.conversion.inputs import find_folder, read_config
 from grok1.conversion.layout import SLAB_BYTES
 from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
 from grok1.conversion.packing import group_size_problems
-from grok1.conversion.plan import Plan, free_bytes, plan_conversion, written_config
+from grok1.conversion.plan import Plan, free_bytes, plan_conversion, planned_shards, written_config
 from grok1.conversion.settings import Settings
-from grok1.conversion.shards import make_shard, plan_shards
+from grok1.conversion.shards import make_shard
 from grok1.conversion.streaming import BYTES_PER_ELEMENT, LIVE_SLABS, BlockStream, available_cores
 from grok1.conversion.xai.checkpoint import read_tensor_file
 from grok1.conversion.xai.writer import tensor_frame, write_tensor_file
@@ -106,9 +106,8 @@ def _plan_from_table(out: Path, settings: Settings) -> Plan:
         problems = group_size_problems(entries, settings.dtype, group_size, blocks)
         if problems:
             raise ConversionError("cannot be converted", problems)
-    tensors = hub_tensors(config, settings.layout, settings.dtype, group_size)
-    shards = plan_shards(tensors.values(), settings.max_shard_bytes)
-    written = written_config(config, settings.dtype, group_size)
+    shards = planned_shards(config, settings, None)
+    written = written_config(config, settings.dtype, settings.layout, group_size)
     return Plan(out, settings.dtype, settings.layout, written, None, shards, frozenset(), {})
 
 

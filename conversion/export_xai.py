@@ -1,8 +1,8 @@
 """A converted folder back to xAI's format: the table of names read from right to left.
 
-Tensors that are stored as in the release (float32 norms, routers and embedding; int8 with scales) are restored byte
-for byte. Dequantised matrices are quantised again, which is lossy: the report states the error. One expert is in
-memory at a time.
+Tensors that are stored as in the release (float32 norms, routers and embedding; int8 with scales, as q8_0 too) are
+restored byte for byte. Dequantised matrices are quantised again, which is lossy: the report states the error. One
+expert is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 from grok1.arrays import RawArray, count_nonfinite, folder_arrays
+from grok1.conversion.blocks import split_q8_0
+from grok1.conversion.gguf_header import config_of_keys
 from grok1.conversion.inputs import read_config
 from grok1.conversion.journal import JOURNAL_NAME, LOCK_NAME, claimed, output_problems
 from grok1.conversion.layout import as_tensor, transpose
@@ -47,15 +49,17 @@ from grok1.conversion.xai.checkpoint import check_unchanged
 from grok1.conversion.xai.writer import TensorFrame, tensor_frame, write_tensor_file
 from grok1.errors import ConversionError
 from grok1.files import (
-    ITEMSIZE,
+    BLOCK_BYTES,
     PARTIAL_SUFFIX,
     FileState,
     Progress,
+    array_bytes,
     read_json,
     sync_folder,
     unwritable,
     write_file,
 )
+from grok1.gguf_files import dequantized, gguf_arrays, is_gguf, read_gguf
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size, merge_scales, quantise_int8, unpack
 from modeling_grok1.quantized_grok1 import dequantise
@@ -66,6 +70,7 @@ UNFINISHED_NAME = f"{FOLDER_NAME}{PARTIAL_SUFFIX}"
 PROGRESS_NAME = f".grok1-export.json{PARTIAL_SUFFIX}"
 # Elements in a block of a worker: 4 MiB in float32, with at most six such temporaries.
 BLOCK_ELEMENTS = 2**20
+SAMPLED_ROWS = 16
 # What a config says about its folder only: how its weights are stored and where their code is.
 NOT_IN_CONFIG = ("auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version")
 
@@ -124,7 +129,7 @@ class ExportReport:
         self.nbytes += file.frame.size
         if loss.files:
             self.losses.setdefault(file.entry.kind.name, Loss()).add(loss)
-        elif file.entry.kind.quantised or file.weights[0].dtype == "float32":
+        elif file.entry.kind.quantised or (file.weights[0].dtype == "float32" and not file.blocks):
             self.exact += 1
         else:
             self.widened.append(file.entry.file)
@@ -132,18 +137,19 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class _File:
-    """One file to be written: its matrices as the folder holds them, expert by expert, and their scales if int8."""
+    """One file to be written: its matrices as the folder holds them, expert by expert, and their scales if int8.
+
+    `bits` of packed matrices; `blocks` is the type of GGUF's, whose matrices are rows of bytes, scales included.
+    `is_exact`: whether they are xAI's own int8 values and scales.
+    """
 
     entry: Entry
     frame: TensorFrame
     weights: tuple[RawArray, ...]
     scales: tuple[RawArray, ...]
     bits: int | None
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the folder holds xAI's own int8 values and scales."""
-        return self.bits == 8
+    blocks: str = ""
+    is_exact: bool = False
 
 
 def export_xai(
@@ -160,7 +166,7 @@ def export_xai(
     interruption, it resumes; run again after it finished, it returns at once.
 
     Args:
-        folder: a converted folder in any layout, in bfloat16, float32, int8 or int4.
+        folder: a converted folder in any layout, in bfloat16, float32, int8 or int4; or a GGUF file.
         out: a folder that does not exist or is empty.
         scale_blocks: row blocks that get scales of their own, in the attention output and the experts' down matrices
             (the release: 8). The other matrices have one. Int8 folders keep their scales, one for each block of groups
@@ -269,15 +275,24 @@ class _Plan:
 
 
 def _plan_export(folder: Path, scale_blocks: int) -> tuple[_Plan, list[str]]:
-    config = read_config(folder / "config.json")
-    packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
-    found = folder_arrays(folder)
+    packing = None
+    if is_gguf(folder):
+        model = read_gguf(folder)
+        folder = model.files[0].parent
+        config = read_config(folder / "config.json") if (folder / "config.json").is_file() else config_of_keys(model)
+        found = gguf_arrays(model)
+        if "output.weight" in found:  # llama.cpp's own converter writes the tied head
+            found[HEAD_NAME] = found.pop("output.weight")
+    else:
+        config = read_config(folder / "config.json")
+        packing = bits_and_group_size(read_json(folder / "config.json").get("quantization_config"))
+        found = folder_arrays(folder)
     states = {path: FileState.of(path) for path in {array.file for array in found.values()}}
     files, head, problems = _plan_files(found, config, packing, scale_blocks)
     problems = _model_problems(config) + problems
     if head is not None and files:
         problems += _head_problems(head, files[0].weights[0])
-    companions = _companions(folder)
+    companions = _companions(folder, config)
     record = {
         "settings": {
             "scale_blocks": scale_blocks,
@@ -373,10 +388,11 @@ def _plan_files(
     files: list[_File] = []
     if not problems:
         parts = parts_by_entry(tensors.values())
-        blocks = _stored_blocks(parts, found) if packing and packing[0] == 8 else {}
+        blocks = _stored_blocks(parts, found) if packing and packing[0] == 8 else _sampled_blocks(parts, found)
         for entry in checkpoint_entries(config):
             wanted = blocks.get(entry.kind.name, scale_blocks if entry.kind.scale_blocks > 1 else 1)
-            file, problem = _file(entry, parts[entry.index], found, packing[0] if packing else None, wanted)
+            bits = packing[0] if packing else None
+            file, problem = _file(entry, parts[entry.index], found, bits, wanted, entry.kind.name in blocks)
             files += [] if file is None else [file]
             problems += [problem] if problem else []
     return files, head, sorted(problems)
@@ -397,6 +413,8 @@ def _tensor_problems(tensor: HubTensor, array: RawArray) -> list[str]:
         dtypes: tuple[str, ...] = (tensor.dtype,)
     else:
         dtypes = ("float32", "bfloat16")
+    if array.dtype in BLOCK_BYTES and tensor.dtype == "float32" and array.shape == tensor.shape:
+        return []
     if array.shape != tensor.shape or array.dtype not in dtypes:
         expected = f"{' or '.join(dtypes)} {tensor.shape}"
         return [f"{tensor.name}: expected {expected}, found {array.dtype} {array.shape}"]
@@ -421,12 +439,33 @@ def _stored_blocks(parts: dict[int, list[tuple[HubTensor, Part]]], found: dict[s
     return blocks
 
 
+def _sampled_blocks(parts: dict[int, list[tuple[HubTensor, Part]]], found: dict[str, RawArray]) -> dict[str, int]:
+    """By kind, the scale blocks of matrices in q8_0 whose scales are xAI's, from the first rows of each matrix.
+
+    The scales lie between the values, so that all of them are seen, and checked, when the values are read.
+    """
+    blocks: dict[str, int] = {}
+    foreign = set()
+    for pairs in parts.values():
+        for tensor, part in pairs:
+            if found[tensor.name].dtype != "q8_0" or not part.entry.kind.quantised:
+                continue
+            rows = _piece(tensor, part, found[tensor.name])
+            _, scales = split_q8_0(torch.from_numpy(rows.read_rows((), 0, min(SAMPLED_ROWS, rows.shape[0]))))
+            kind, own = part.entry.kind.name, scales.to(torch.bfloat16)
+            if not torch.equal(own.to(torch.float16), scales):
+                foreign.add(kind)
+            blocks[kind] = math.lcm(blocks.get(kind, 1), merge_scales(own).shape[-1])
+    return {kind: count for kind, count in blocks.items() if kind not in foreign}
+
+
 def _file(
     entry: Entry,
     parts: list[tuple[HubTensor, Part]],
     found: dict[str, RawArray],
     bits: int | None,
     blocks: int,
+    is_exact: bool,
 ) -> tuple[_File | None, str]:
     pieces: dict[str, list[RawArray]] = {"weight": [], "scales": [], "shape": []}
     for tensor, part in sorted(parts, key=lambda pair: pair[1].expert or 0):
@@ -438,7 +477,10 @@ def _file(
             return None, f"{entry.path}: expected scale blocks that divide its {entry.shape[-2]} rows, found {blocks}"
         scales_shape = entry.scales_shape(blocks)
     frame = tensor_frame(entry.shape, scales_shape)
-    return _File(entry, frame, tuple(pieces["weight"]), tuple(pieces["scales"]), bits), ""
+    stored = found[parts[0][0].name].dtype
+    block_type = stored if stored in BLOCK_BYTES else ""
+    weights, scales = tuple(pieces["weight"]), tuple(pieces["scales"])
+    return _File(entry, frame, weights, scales, bits, block_type, is_exact), ""
 
 
 def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
@@ -447,7 +489,9 @@ def _piece(tensor: HubTensor, part: Part, array: RawArray) -> RawArray:
         return array
     stored = part.entry.shape[-2:]
     rows = stored[1] if part.entry.kind.transposed else stored[0]
-    offset = array.offset + part.offset * ITEMSIZE[array.dtype]
+    offset = array.offset + array_bytes(array.dtype, part.offset)
+    if array.dtype in BLOCK_BYTES:
+        return RawArray(array.file, "uint8", (rows, array_bytes(array.dtype, tensor.shape[-1])), offset)
     return RawArray(array.file, array.dtype, (rows, tensor.shape[-1]), offset)
 
 
@@ -480,7 +524,9 @@ class _Writer:
             return loss
         assert file.frame.scales_shape is not None
         scales = np.empty((len(file.weights), *file.frame.scales_shape[-2:]), np.uint16)
-        if file.is_exact:
+        if file.is_exact and file.blocks:
+            fill = partial(_split, file, scales)
+        elif file.is_exact:
             for expert, array in enumerate(file.scales):
                 stored = array.read()
                 scales[expert] = stored[:, :: stored.shape[1] // scales.shape[1]].T
@@ -539,8 +585,26 @@ def _turn(file: _File, expert: int, matrix: np.ndarray, start: int, stop: int) -
     matrix[:, start:stop] = transpose(unpack(rows, 8)).numpy()
 
 
+def _split(file: _File, scales: np.ndarray, expert: int, matrix: np.ndarray, start: int, stop: int) -> None:
+    """Rows (out, in) of q8_0 to columns of the matrix and of the expert's scales (G, out)."""
+    array = file.weights[expert]
+    values, stored = split_q8_0(torch.from_numpy(array.read_rows((), start, stop)))
+    grouped = stored.unflatten(-1, (scales.shape[1], -1))
+    first = grouped[..., 0].to(torch.bfloat16)
+    if not torch.equal(first.to(torch.float16).unsqueeze(-1).expand_as(grouped), grouped):
+        raise _UnfitError(
+            f"{array.file}: cannot be exported",
+            [f"{file.entry.path}: expected {scales.shape[1]} scales of xAI in each row, found others"],
+            "Its blocks have scales of their own: it was quantised again after it was converted.",
+        )
+    matrix[:, start:stop] = transpose(values).numpy()
+    scales[expert, :, start:stop] = first.T.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
 def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tensor:
     """Rows (out, in) of a matrix in float32, exact."""
+    if file.blocks:
+        return _block_rows(file, expert, start, stop)
     if file.bits is None:
         return _float_rows(file.weights[expert], start, stop)
     packed = torch.from_numpy(file.weights[expert].read_rows((), start, stop))
@@ -551,15 +615,21 @@ def _matrix_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tenso
 def _float_pieces(file: _File) -> Iterator[np.ndarray]:
     """The float32 bytes of an embedding, norm or router. Raises _UnfitError if they are not finite."""
     (array,) = file.weights
-    whole = len(array.shape) == 1 or file.entry.kind.transposed
+    whole = not file.blocks and (len(array.shape) == 1 or file.entry.kind.transposed)
     for start, stop in [(0, array.shape[0])] if whole else _row_blocks(array):
-        rows = _float_rows(array, start, stop)
+        rows = _block_rows(file, 0, start, stop) if file.blocks else _float_rows(array, start, stop)
         if not rows.isfinite().all():
             raise _UnfitError(
                 f"{array.file}: cannot be exported",
                 [f"{file.entry.path}: expected finite weights, found NaN or infinity in rows {start} to {stop}"],
             )
         yield (transpose(rows) if file.entry.kind.transposed else rows).numpy()
+
+
+def _block_rows(file: _File, expert: int, start: int, stop: int) -> torch.Tensor:
+    """Rows of blocks in float32, as the gguf package reads them."""
+    rows = file.weights[expert].read_rows((), start, stop)
+    return torch.from_numpy(dequantized(rows, file.blocks)).view(stop - start, -1)
 
 
 def _row_blocks(array: RawArray, bits: int | None = None) -> Iterator[tuple[int, int]]:
@@ -576,7 +646,9 @@ def _float_rows(array: RawArray, start: int, stop: int) -> torch.Tensor:
 
 
 def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
-    """xAI's format has no head of its own."""
+    """xAI's format has no head of its own. One in blocks is not compared: llama.cpp quantises both in other ways."""
+    if head.dtype in BLOCK_BYTES or embedding.dtype == "uint8":
+        return []
     for start, stop in _row_blocks(embedding):
         if not torch.equal(_float_rows(head, start, stop), _float_rows(embedding, start, stop)):
             return [
@@ -585,8 +657,9 @@ def _head_problems(head: RawArray, embedding: RawArray) -> list[str]:
     return []
 
 
-def _companions(folder: Path) -> dict[str, bytes]:
-    values = read_json(folder / "config.json")
+def _companions(folder: Path, config: GrokConfig) -> dict[str, bytes]:
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else config.to_dict()
     values = {key: value for key, value in values.items() if key not in NOT_IN_CONFIG}
     companions = {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     if (folder / TOKENIZER_NAME).is_file():

@@ -6,18 +6,21 @@ No weight is read. Counts of elements and bytes are exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 from grok1.arrays import folder_arrays
-from grok1.conversion.names import HEAD_NAME, LAYOUTS, GrokSizes, hub_tensors
+from grok1.conversion.names import HEAD_NAME, KINDS, SAFETENSORS_LAYOUTS, GrokSizes, hub_tensors
 from grok1.conversion.release import release_sizes
+from grok1.conversion.tokenizer import TOKENIZER_NAME, read_sentencepiece
 from grok1.errors import ConversionError
 from grok1.files import read_json
+from grok1.gguf_files import is_gguf, read_gguf
 from grok1.model_card.card import PICTURES, CardFacts, Group, Memory, read_evaluation
 from grok1.model_card.training_run import read_training_run
+from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import bits_and_group_size
 
 
@@ -63,7 +66,10 @@ class Tensor(Protocol):
 
 
 def card_facts(
-    folder: Path, tensors: Mapping[str, Tensor] | None = None, shards: Sequence[int] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    shards: Mapping[str, int] | None = None,
+    description: str = "",
 ) -> CardFacts:
     """Measures a converted folder.
 
@@ -71,7 +77,8 @@ def card_facts(
         folder: with config.json and, as a rule, the weights.
         tensors: every tensor as it was written, by name, where the shards were sent off already; read from the headers
             of the folder's shards where None.
-        shards: bytes of each shard; given with `tensors`.
+        shards: bytes of each shard by its name, and
+        description: what a GGUF file says of its numbers; given with `tensors`.
 
     Raises:
         ConversionError: the folder is not complete, or not a Grok-1 in one of the converter's layouts.
@@ -80,8 +87,14 @@ def card_facts(
     config = _config(folder)
     sizes = _sizes(folder, config)
     if tensors is None:
-        stored = folder_arrays(folder)
-        tensors, shards = stored, [file.stat().st_size for file in {tensor.file for tensor in stored.values()}]
+        stored: Mapping[str, Any]
+        if is_gguf(folder):
+            model = read_gguf(folder)
+            stored, description = model.tensors, model.keys.get("general.description", "")
+        else:
+            stored = folder_arrays(folder)
+        tensors = stored
+        shards = {file.name: file.stat().st_size for file in sorted({tensor.file for tensor in stored.values()})}
     assert shards is not None
     table = SimpleNamespace(**sizes)
     packing = bits_and_group_size(config.get("quantization_config"))
@@ -104,12 +117,13 @@ def card_facts(
         tied=tied,
         is_release=all(getattr(release, key) == value for key, value in sizes.items()),
         groups=groups,
-        shards=len(shards),
+        shards=tuple(shards),
+        description=description,
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        shard_bytes=sum(shards),
+        shard_bytes=sum(shards.values()),
         memory=_memory(table, parameters, experts + by_title["Attention"].elements),
         transformers_version=config.get("transformers_version"),
-        tokenizer_pieces=_tokenizer_pieces(folder),
+        tokenizer_pieces=_tokenizer_pieces(folder, layout),
         has_code=(folder / "modeling_grok1.py").is_file(),
         picture=next((name for name in PICTURES if (folder / name).is_file()), None),
         evaluation=read_evaluation(folder),
@@ -140,6 +154,11 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a converted folder with config.json, found none that can be read ({error}).",
             next_step="Make one with `grok1 convert CKPT OUT`.",
         ) from None
+    if (found := config.get("model_type", GrokConfig.model_type)) != GrokConfig.model_type:
+        raise ConversionError(
+            f"{folder} is not a Grok-1:",
+            [f"config.json: model_type: expected {GrokConfig.model_type!r}, found {str(found)[:80]!r}"],
+        )
     return config
 
 
@@ -183,9 +202,9 @@ def layout_of(
     """
     found = {name: tensor for name, tensor in tensors.items() if name != HEAD_NAME}
     attempts: dict[str, list[str]] = {}
-    for layout in LAYOUTS:
-        if packing is not None and layout != "hub":
-            continue
+    embedding = KINDS["embedding"].gguf
+    layouts = ("gguf",) if embedding in found else ("hub",) if packing is not None else SAFETENSORS_LAYOUTS
+    for layout in layouts:
         expected = hub_tensors(table, layout, *((f"int{packing[0]}", packing[1]) if packing else ("bfloat16",)))
         expected.pop(HEAD_NAME, None)
         wrong = [f"{name}: missing" for name in expected if name not in found]
@@ -243,10 +262,11 @@ def _memory(table: SimpleNamespace, parameters: int, quantised: int) -> tuple[Me
     )
 
 
-def _tokenizer_pieces(path: Path) -> int | None:
-    file = path / "tokenizer.json"
+def _tokenizer_pieces(path: Path, layout: str) -> int | None:
+    file, model = path / "tokenizer.json", path / TOKENIZER_NAME
     if not file.is_file():
-        return None
+        # Beside GGUF files, which have the vocabulary themselves, there is no other file of it.
+        return len(read_sentencepiece(model).pieces) if layout == "gguf" and model.is_file() else None
     try:
         return len(read_json(file)["model"]["vocab"])
     except (ValueError, KeyError, TypeError) as error:

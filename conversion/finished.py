@@ -16,6 +16,7 @@ from grok1.conversion.ports import Sink, Source
 from grok1.conversion.shards import Shard
 from grok1.errors import ConversionError
 from grok1.files import INDEX_NAME, SUMS_NAME
+from grok1.gguf_files import is_gguf
 from grok1.model_card.card import CARD_NAME
 
 
@@ -25,7 +26,8 @@ NEXT_STEP = "Choose an empty folder. `grok1 verify OUT --against CKPT` compares 
 
 def is_finished(out: Path) -> bool:
     """Whether the folder holds a finished conversion, of any source and settings."""
-    return not (out / JOURNAL_NAME).exists() and (out / INDEX_NAME).is_file() and (out / SUMS_NAME).is_file()
+    holds_weights = (out / INDEX_NAME).is_file() or is_gguf(out)
+    return not (out / JOURNAL_NAME).exists() and holds_weights and (out / SUMS_NAME).is_file()
 
 
 def finished(

@@ -174,6 +174,9 @@ class HubSource:
         blocks = {index: blocks_of_size(self.entries[index], file.size) for index, file in self.files.items()}
         return {index: count for index, count in blocks.items() if count}
 
+    def local_files(self) -> dict[int, TensorFile]:
+        return {}
+
     def identity(self) -> dict[str, Any]:
         return {file.path: [file.size, stated_checksum(file)[1]] for file in self.files.values()}
 

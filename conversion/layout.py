@@ -163,6 +163,11 @@ class Slab:
         scales = self.scales[:, piece] if self.scales is not None and dtype != "int8" else None
         return hub_rows(self.weight[:, piece], scales, dtype, True, scratch)
 
+    def scale_rows(self, first: int, last: int) -> torch.Tensor:
+        """The scales of output rows [first, last), bfloat16 (last - first, G)."""
+        assert self.scales is not None
+        return self.scales[:, first - self.start : last - self.start].T.contiguous()
+
 
 def slab_ranges(file: TensorFile, part: Part, slab_bytes: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
     """Ranges of output rows of a part, each at most `slab_bytes` in the file (at least one row), in order."""

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from grok1.errors import ConversionError
-from grok1.files import ITEMSIZE
+from grok1.files import array_bytes
 
 
-LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
+SAFETENSORS_LAYOUTS = ("hub", "fused", "hpcai", "keyfan")
+LAYOUTS = (*SAFETENSORS_LAYOUTS, "gguf")
 DTYPES = ("bfloat16", "float32", "int8", "int4")
 BITS = {"int8": 8, "int4": 4}  # the precisions that are packed (modeling_grok1/packing_grok1.py)
+BLOCK_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # how GGUF stores them (grok1/gguf_files.py)
 
 
 class GrokSizes(Protocol):
@@ -48,7 +50,8 @@ class Kind:
         shape: as xAI stores it, in the symbols above.
         transposed: whether the last two axes are swapped in every hub layout.
         scale_blocks: row blocks with a scale of their own in the release; 0 if the tensor is not quantised.
-        hub, hpcai, keyfan: names in the layouts; `{e}` is the expert.
+        hub, hpcai, keyfan, gguf: names in the layouts; `{e}` is the expert. In GGUF the experts of a layer are one
+            tensor.
         fused: name in the fused layout where it differs from `hub`; kinds that share one are concatenated row-wise in
             table order, for each expert.
     """
@@ -61,6 +64,7 @@ class Kind:
     hub: str
     hpcai: str
     keyfan: str
+    gguf: str
     fused: str = ""
 
     @property
@@ -71,40 +75,41 @@ class Kind:
 # fmt: off
 TOP_KINDS = (
     Kind("embedding", "language_model/in_out_embed/embeddings", ("V", "D"), False, 0,
-         "model.embed_tokens.weight", "model.embed_tokens.weight", "transformer.in_out_embed.weight"),
+         "model.embed_tokens.weight", "model.embed_tokens.weight", "transformer.in_out_embed.weight",
+         "token_embd.weight"),
     Kind("norm_final", "language_model/rms_norm/scale", ("D",), False, 0,
-         "model.norm.weight", "model.norm.scale", "transformer.rms_norm.weight"),
+         "model.norm.weight", "model.norm.scale", "transformer.rms_norm.weight", "output_norm.weight"),
 )
 
 # The twelve tensors of a block, in the order of the checkpoint.
 BLOCK_KINDS = (
     Kind("moe_gate", "moe/linear/w", ("E", "D", "F"), True, 1,
          "block_sparse_moe.experts.{e}.w1.weight", "moe_block.experts.{e}.linear.weight", "moe.{e}.linear.weight",
-         "block_sparse_moe.experts.gate_up_proj"),
+         "ffn_gate_exps.weight", "block_sparse_moe.experts.gate_up_proj"),
     Kind("moe_down", "moe/linear_1/w", ("E", "F", "D"), True, 8,
          "block_sparse_moe.experts.{e}.w2.weight", "moe_block.experts.{e}.linear_1.weight", "moe.{e}.linear_1.weight",
-         "block_sparse_moe.experts.down_proj"),
+         "ffn_down_exps.weight", "block_sparse_moe.experts.down_proj"),
     Kind("moe_up", "moe/linear_v/w", ("E", "D", "F"), True, 1,
          "block_sparse_moe.experts.{e}.w3.weight", "moe_block.experts.{e}.linear_v.weight", "moe.{e}.linear_v.weight",
-         "block_sparse_moe.experts.gate_up_proj"),
+         "ffn_up_exps.weight", "block_sparse_moe.experts.gate_up_proj"),
     Kind("attn_k", "multi_head_attention/key/w", ("D", "KV"), True, 1,
-         "self_attn.k_proj.weight", "attn.k_proj.weight", "multi_head_attention.key.weight"),
+         "self_attn.k_proj.weight", "attn.k_proj.weight", "multi_head_attention.key.weight", "attn_k.weight"),
     Kind("attn_o", "multi_head_attention/linear/w", ("Q", "D"), True, 8,
-         "self_attn.o_proj.weight", "attn.o_proj.weight", "multi_head_attention.linear.weight"),
+         "self_attn.o_proj.weight", "attn.o_proj.weight", "multi_head_attention.linear.weight", "attn_output.weight"),
     Kind("attn_q", "multi_head_attention/query/w", ("D", "Q"), True, 1,
-         "self_attn.q_proj.weight", "attn.q_proj.weight", "multi_head_attention.query.weight"),
+         "self_attn.q_proj.weight", "attn.q_proj.weight", "multi_head_attention.query.weight", "attn_q.weight"),
     Kind("attn_v", "multi_head_attention/value/w", ("D", "KV"), True, 1,
-         "self_attn.v_proj.weight", "attn.v_proj.weight", "multi_head_attention.value.weight"),
+         "self_attn.v_proj.weight", "attn.v_proj.weight", "multi_head_attention.value.weight", "attn_v.weight"),
     Kind("norm_pre_attn", "rms_norm/scale", ("D",), False, 0,
-         "pre_attn_norm.weight", "pre_attn_norm.scale", "rms_norm.weight"),
+         "pre_attn_norm.weight", "pre_attn_norm.scale", "rms_norm.weight", "attn_norm.weight"),
     Kind("norm_post_attn", "rms_norm_1/scale", ("D",), False, 0,
-         "post_attn_norm.weight", "post_attn_norm.scale", "rms_norm_1.weight"),
+         "post_attn_norm.weight", "post_attn_norm.scale", "rms_norm_1.weight", "attn_output_norm.weight"),
     Kind("norm_pre_moe", "rms_norm_2/scale", ("D",), False, 0,
-         "pre_moe_norm.weight", "pre_moe_norm.scale", "rms_norm_2.weight"),
+         "pre_moe_norm.weight", "pre_moe_norm.scale", "rms_norm_2.weight", "ffn_norm.weight"),
     Kind("norm_post_moe", "rms_norm_3/scale", ("D",), False, 0,
-         "post_moe_norm.weight", "post_moe_norm.scale", "rms_norm_3.weight"),
+         "post_moe_norm.weight", "post_moe_norm.scale", "rms_norm_3.weight", "post_ffw_norm.weight"),
     Kind("router", "router/w", ("D", "E"), True, 0,
-         "block_sparse_moe.gate.weight", "moe_block.gate.weight", "router.weight"),
+         "block_sparse_moe.gate.weight", "moe_block.gate.weight", "router.weight", "ffn_gate_inp.weight"),
 )
 # fmt: on
 
@@ -117,6 +122,7 @@ LAYER_PREFIX = {
     "fused": "model.layers.{n}.",
     "hpcai": "model.layers.{n}.",
     "keyfan": "transformer.decoder_layer.{n}.",
+    "gguf": "blk.{n}.",
 }
 
 
@@ -165,7 +171,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class HubTensor:
-    """One tensor of a converted folder, and the parts that it is made of, in order. `packing`: of a packed matrix."""
+    """One tensor of a converted folder, and the parts that it is made of, in order.
+
+    `dtype` is as torch spells it, or a block type of GGUF. `packing`: of a packed matrix.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -179,7 +188,7 @@ class HubTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * ITEMSIZE[self.dtype]
+        return array_bytes(self.dtype, self.numel)
 
     @property
     def parameters(self) -> int:
@@ -228,6 +237,7 @@ def hub_tensors(
     layout: str = "hub",
     dtype: str = "bfloat16",
     group_size: int = 128,
+    embedding: str | None = None,
 ) -> dict[str, HubTensor]:
     """Every tensor of a converted folder by its name, in the order in which the shards hold them.
 
@@ -238,24 +248,27 @@ def hub_tensors(
 
     Norms and routers are float32 in every precision. `int8` and `int4` store each quantised matrix as
     `X.weight_packed`, `X.weight_scale` and `X.weight_shape` (modeling_grok1/packing_grok1.py), keep the embedding
-    float32 and write no head: it is tied.
+    float32 and write no head: it is tied. GGUF stores them in its own blocks of 32 values and a scale, and writes no
+    head in any precision.
 
     Args:
         config: the sizes of the model.
-        layout: "hub", "fused", "hpcai" or "keyfan"; packed precisions are in "hub" only.
+        layout: "hub", "fused", "hpcai", "keyfan" or "gguf"; packed precisions are in "hub" and "gguf" only.
         dtype: "bfloat16", "float32", "int8" or "int4".
-        group_size: inputs per scale, for packed precisions.
+        group_size: inputs per scale, for packed precisions in "hub".
+        embedding: in "gguf", the embedding's dtype: "float32", "bfloat16" or "q8_0"; by default as in the other
+            layouts.
     """
     entries = checkpoint_entries(config)
-    packing = Packing(BITS[dtype], group_size) if dtype in BITS else None
+    packing = Packing(BITS[dtype], group_size) if dtype in BITS and layout != "gguf" else None
     layers: dict[int, list[Entry]] = {layer: [] for layer in range(config.num_hidden_layers)}
     for entry in entries[len(TOP_KINDS) :]:
         assert entry.layer is not None
         layers[entry.layer].append(entry)
 
-    embedding, norm = entries[: len(TOP_KINDS)]
-    tensors = _named(embedding, layout, dtype, packing)
-    if packing is None:
+    first, norm = entries[: len(TOP_KINDS)]
+    tensors = _named(first, layout, embedding or ("float32" if dtype in BITS else dtype), packing)
+    if packing is None and layout != "gguf":
         tensors += [HubTensor(HEAD_NAME, t.shape, t.dtype, t.parts) for t in tensors]
     for block in layers.values():
         named = [tensor for entry in block for tensor in _named(entry, layout, dtype, packing)]
@@ -293,8 +306,9 @@ def _named(entry: Entry, layout: str, dtype: str, packing: Packing | None) -> li
         name = LAYER_PREFIX[layout].format(n=entry.layer) + name
     if packing is not None:
         return _packed(entry, name, packing) if kind.quantised else _arrays(entry, name, entry.dtype, layout)
-    keeps_float32 = not kind.quantised and kind.name != "embedding"
-    return _arrays(entry, name, "float32" if keeps_float32 else dtype, layout)
+    if not kind.quantised and kind.name != "embedding":
+        dtype = "float32"
+    return _arrays(entry, name, BLOCK_TYPES.get(dtype, dtype), layout)
 
 
 def _packed(entry: Entry, name: str, packing: Packing) -> list[HubTensor]:
@@ -321,7 +335,7 @@ def _arrays(entry: Entry, name: str, dtype: str, layout: str) -> list[HubTensor]
     if entry.kind.shape[0] != "E":
         return [HubTensor(name, turned, dtype, (Part(entry, None, "weight", 0),))]
     experts = range(shape[0])
-    if layout == "fused":
+    if layout in ("fused", "gguf"):
         parts = tuple(Part(entry, e, "weight", e * math.prod(matrix)) for e in experts)
         return [HubTensor(name, (len(experts), *turned), dtype, parts)]
     return [HubTensor(name.format(e=e), turned, dtype, (Part(entry, e, "weight", 0),)) for e in experts]

@@ -1,4 +1,5 @@
-"""The tensors of packed matrices (modeling_grok1/packing_grok1.py), derived from xAI's int8 block by block.
+"""The tensors of packed matrices, derived from xAI's int8 block by block: those of compressed-tensors
+(modeling_grok1/packing_grok1.py) and the blocks of GGUF (`blocks`).
 
 int8 is lossless: xAI's values, and each of its scales repeated for the groups of its block. int4 is quantised from the
 exact product of value and scale in float32.
@@ -12,8 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from grok1.conversion.layout import Scratch, Slab, as_bytes
+from grok1.conversion.blocks import (
+    ROUNDING,
+    inexact_scales,
+    overflowing_scales,
+    q4_0_rows,
+    q8_0_rows,
+    rounded_q8_0_rows,
+)
+from grok1.conversion.layout import Scratch, Slab, as_bytes, as_tensor
 from grok1.conversion.names import BITS, Entry, HubTensor, Part
+from grok1.conversion.xai.checkpoint import TensorFile
+from grok1.files import BLOCK_SIZE
 from modeling_grok1.packing_grok1 import GROUP_SIZES, pack, quantise_int4, repeat_scales
 
 
@@ -52,6 +63,26 @@ def group_size_problems(
     ]
 
 
+def inexact_scale_problems(files: Iterable[TensorFile], round_scales: bool) -> list[str]:
+    """Which files have scales that the blocks of q8_0 cannot hold, one line for each.
+
+    Args:
+        files: of a checkpoint.
+        round_scales: whether only those that are too large for float16 are wrong.
+    """
+    problems = []
+    for file in files:
+        if file.scales is not None:
+            scales = as_tensor(file.scales.read(), "bfloat16")
+            wrong = overflowing_scales(scales) if round_scales else inexact_scales(scales)
+            if wrong:
+                problems.append(
+                    f"{file.path.name}: expected scales that float16 holds, found {wrong:,} of {scales.numel():,} "
+                    f"that it does not hold{'' if round_scales else f'. {ROUNDING}'}"
+                )
+    return problems
+
+
 class Packer:
     """Derives the blocks of packed tensors. Safe to use from several threads.
 
@@ -59,7 +90,8 @@ class Packer:
     that a matrix is quantised once; where another run wrote its values, they are found again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, round_scales: bool = False) -> None:
+        self.round_scales = round_scales
         self.lock = threading.Lock()
         self.scales: dict[tuple[int, int | None], list[tuple[int, torch.Tensor]]] = {}
 
@@ -85,7 +117,8 @@ class Packer:
 
     def rows(self, tensor: HubTensor, slab: Slab, first: int, last: int, scratch: Scratch) -> torch.Tensor:
         """Output rows [first, last) of a packed tensor."""
-        assert tensor.packing is not None
+        if tensor.packing is None:
+            return self.blocks(tensor, slab, first, last, scratch)
         packing, field = tensor.packing, tensor.parts[0].field
         if packing.bits == 8:
             if field == "weight":
@@ -97,3 +130,13 @@ class Packer:
         with self.lock:
             self.scales.setdefault((slab.part.entry.index, slab.part.expert), []).append((first, scales))
         return pack(values, 4)
+
+    def blocks(self, tensor: HubTensor, slab: Slab, first: int, last: int, scratch: Scratch) -> torch.Tensor:
+        """Output rows [first, last) of a tensor of blocks, as bytes."""
+        if slab.scales is None:
+            return rounded_q8_0_rows(slab.rows(first, last, "float32", scratch))
+        if tensor.dtype == "q8_0":
+            scales = slab.scale_rows(first, last)
+            return q8_0_rows(tensor.name, slab.rows(first, last, "int8", scratch), scales, self.round_scales, scratch)
+        values, scales = quantise_int4(slab.rows(first, last, "float32", scratch), BLOCK_SIZE)
+        return q4_0_rows(tensor.name, values, scales, self.round_scales, scratch)

@@ -11,15 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grok1.conversion.gguf_header import TEMPLATE_NAME, gguf_shards
 from grok1.conversion.inputs import Checkpoint
 from grok1.conversion.journal import output_problems
 from grok1.conversion.names import BITS, checkpoint_entries, hub_tensors
-from grok1.conversion.packing import group_size_problems
+from grok1.conversion.packing import group_size_problems, inexact_scale_problems
 from grok1.conversion.ports import FolderSink, Sink
+from grok1.conversion.release import has_release_sizes
 from grok1.conversion.settings import Settings
-from grok1.conversion.shards import Shard, plan_shards
+from grok1.conversion.shards import Shard, fill_shards, plan_shards
 from grok1.errors import CheckpointError, ConversionError
-from grok1.files import PARTIAL_SUFFIX, sha256_of
+from grok1.files import BLOCK_BYTES, BLOCK_SIZE, PARTIAL_SUFFIX, sha256_of
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import quantization_dict
 
@@ -42,6 +44,7 @@ class Plan:
         record: what the journal says.
         scratch_bytes: disk space that the source takes in `out` while it is read.
         keeps_shards: whether finished shards stay in `out`.
+        round_scales: as in `Settings`.
         is_finished: whether an earlier run finished all of it.
     """
 
@@ -55,6 +58,7 @@ class Plan:
     record: dict[str, Any]
     scratch_bytes: int = 0
     keeps_shards: bool = True
+    round_scales: bool = False
     is_finished: bool = False
 
     @property
@@ -125,14 +129,16 @@ def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) 
     problems = []
     if settings.dtype in BITS:
         problems += group_size_problems(entries, settings.dtype, group_size, released | source.scale_blocks())
-    tensors = hub_tensors(config, settings.layout, settings.dtype, group_size)
-    shards = plan_shards(tensors.values(), settings.max_shard_bytes)
-    written = written_config(config, settings.dtype, group_size)
+    if settings.layout == "gguf" and not (problems or checkpoint.file_problems):
+        problems += _gguf_problems(checkpoint, settings)
+    shards = planned_shards(config, settings, checkpoint.tokenizer)
+    written = written_config(config, settings.dtype, settings.layout, group_size)
     record = {
         "settings": {
             "dtype": settings.dtype,
             "layout": settings.layout,
             "max_shard_size": settings.max_shard_bytes,
+            **_gguf_settings(settings, checkpoint.tokenizer),
             "config": json.loads(written.to_json_string(use_diff=False)),
             "tokenizer": None if checkpoint.tokenizer is None else sha256_of(checkpoint.tokenizer),
             "version": version("modeling-grok1"),
@@ -147,8 +153,44 @@ def _planned(checkpoint: Checkpoint, out: Path, settings: Settings, sink: Sink) 
         *(out, settings.dtype, settings.layout, written, checkpoint.tokenizer, shards, finished, record),
         scratch_bytes=source.scratch_bytes,
         keeps_shards=sink.keeps_shards,
+        round_scales=settings.round_scales,
     )
     return plan, problems
+
+
+def planned_shards(config: GrokConfig, settings: Settings, tokenizer: Path | None) -> list[Shard]:
+    """Every file of weights that a conversion with these settings writes."""
+    tensors = hub_tensors(
+        config, settings.layout, settings.dtype, settings.inputs_per_scale, settings.embedding
+    ).values()
+    if settings.layout == "gguf":
+        groups = list(fill_shards(tensors, settings.max_shard_bytes))
+        is_release, round_scales = has_release_sizes(config), settings.round_scales
+        return gguf_shards(groups, config, tokenizer, is_release=is_release, round_scales=round_scales)
+    return plan_shards(tensors, settings.max_shard_bytes)
+
+
+def _gguf_problems(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """Why the numbers do not fit into blocks. Scales of int4 are found, and checked, when a matrix is quantised."""
+    width = checkpoint.config.hidden_size
+    problems = []
+    if settings.embedding in BLOCK_BYTES and width % BLOCK_SIZE:
+        problems.append(f"embedding: expected rows of a multiple of {BLOCK_SIZE} for q8_0, found {width}")
+    if settings.dtype == "int8":
+        problems += inexact_scale_problems(checkpoint.source.local_files().values(), settings.round_scales)
+    return problems
+
+
+def _gguf_settings(settings: Settings, tokenizer: Path | None) -> dict[str, Any]:
+    """What the record of a conversion to GGUF has besides."""
+    if settings.layout != "gguf":
+        return {}
+    template = None if tokenizer is None else tokenizer.with_name(TEMPLATE_NAME)
+    return {
+        "embedding": settings.embedding,
+        "round_scales": settings.round_scales,
+        "chat_template": sha256_of(template) if template is not None and template.is_file() else None,
+    }
 
 
 def source_files(shard: Shard) -> list[int]:
@@ -156,12 +198,12 @@ def source_files(shard: Shard) -> list[int]:
     return list(dict.fromkeys(part.entry.index for tensor in shard.tensors for part in tensor.parts))
 
 
-def written_config(config: GrokConfig, dtype: str, group_size: int) -> GrokConfig:
+def written_config(config: GrokConfig, dtype: str, layout: str, group_size: int) -> GrokConfig:
     """The config as the folder has it: the dtype that was written, and how packed weights are read."""
     written = copy.deepcopy(config)
     written.architectures = ["Grok1ForCausalLM"]
     written.dtype = "bfloat16" if dtype in BITS else dtype
-    if dtype in BITS:
+    if dtype in BITS and layout != "gguf":
         written.quantization_config = quantization_dict(BITS[dtype], group_size)
     return written
 

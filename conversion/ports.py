@@ -21,6 +21,9 @@ class Source(Protocol):
     def scale_blocks(self) -> dict[int, int]:
         """Row blocks with a scale of their own, by index, for each quantised file."""
 
+    def local_files(self) -> dict[int, TensorFile]:
+        """The files that can be read before they are announced, by index."""
+
     def identity(self) -> dict[str, Any]:
         """What distinguishes this source from another one, as JSON values, by file name."""
 
@@ -76,6 +79,9 @@ class FolderSource:
 
     def scale_blocks(self) -> dict[int, int]:
         return {index: file.scales.shape[-2] for index, file in self.files.items() if file.scales is not None}
+
+    def local_files(self) -> dict[int, TensorFile]:
+        return self.files
 
     def identity(self) -> dict[str, Any]:
         return {file.path.name: file.state.lasting for file in self.files.values()}

@@ -33,6 +33,11 @@ def release_sizes() -> GrokSizes:
     return SimpleNamespace(**json.loads(preset))
 
 
+def has_release_sizes(config: GrokSizes) -> bool:
+    """Whether a model has the sizes of the released one."""
+    return all(getattr(config, key) == getattr(release_sizes(), key) for key in GrokSizes.__annotations__)
+
+
 @cache
 def release_files() -> tuple[ReleaseFile, ...]:
     """All 770 files of the release in the order of their index: 318,239,886,140 bytes."""

@@ -3,6 +3,7 @@
 A shard is byte for byte what `safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})` writes: eight
 bytes with the length of the header, the header as compact JSON padded with spaces to eight bytes, the tensors by dtype
 and name. So every offset is known before the first byte, and blocks can be written in place from many threads.
+`gguf_header` plans GGUF files in the same form.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ class Shard:
         tensors: in the order of the file.
         header: the bytes before the first tensor.
         offsets: the position of each tensor in the file, by name.
+        nbytes: of the whole file.
+        description: what a GGUF file says of its numbers.
     """
 
     name: str
     tensors: tuple[HubTensor, ...]
     header: bytes
     offsets: dict[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+    nbytes: int
+    description: str = ""
 
 
 def make_shard(name: str, tensors: Iterable[HubTensor]) -> Shard:
@@ -61,7 +62,7 @@ def make_shard(name: str, tensors: Iterable[HubTensor]) -> Shard:
     for tensor in ordered:
         offsets[tensor.name] = position
         position += tensor.nbytes
-    return Shard(name, ordered, header, offsets)
+    return Shard(name, ordered, header, offsets, position)
 
 
 def plan_shards(tensors: Iterable[HubTensor], max_shard_size: int) -> list[Shard]:
@@ -69,14 +70,15 @@ def plan_shards(tensors: Iterable[HubTensor], max_shard_size: int) -> list[Shard
 
     A tensor that is larger has a shard of its own. The last tensor of the table, the final norm, is in the last shard.
     """
-    groups = list(_groups(tensors, max_shard_size))
+    groups = list(fill_shards(tensors, max_shard_size))
     return [
         make_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
 
 
-def _groups(tensors: Iterable[HubTensor], max_shard_size: int) -> Iterator[list[HubTensor]]:
+def fill_shards(tensors: Iterable[HubTensor], max_shard_size: int) -> Iterator[list[HubTensor]]:
+    """The tensors of each shard, in their order."""
     group: list[HubTensor] = []
     size = 0
     for tensor in tensors:

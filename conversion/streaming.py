@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from grok1.conversion.names import HubTensor
 from grok1.conversion.packing import Packer
 from grok1.conversion.shards import Shard
 from grok1.conversion.xai.checkpoint import TensorFile
-from grok1.files import ITEMSIZE
+from grok1.files import BLOCK_BYTES, array_bytes
 
 
 # Slabs in memory: one is processed while the next one is read.
@@ -49,9 +50,10 @@ class BlockStream:
 
     Args:
         jobs: worker threads.
+        round_scales: whether a scale that the format cannot hold is rounded (see `blocks`).
     """
 
-    def __init__(self, jobs: int):
+    def __init__(self, jobs: int, round_scales: bool = False):
         self.slab_bytes = SLAB_BYTES
         self.block_elements = min(BLOCK_ELEMENTS, max(1, WORK_BYTES // BYTES_PER_ELEMENT // jobs))
         self.threads_before = torch.get_num_threads()
@@ -60,11 +62,11 @@ class BlockStream:
         self.workers = ThreadPoolExecutor(jobs, "grok1-blocks")
         self.live: deque[list[Future[None]]] = deque()
         self.of_thread = threading.local()
-        self.packer = Packer()
+        self.packer = Packer(round_scales)
         # Pages that are never touched take no memory.
         self.buffers = deque(np.empty(self.slab_bytes, np.uint8) for _ in range(LIVE_SLABS))
 
-    def __enter__(self) -> BlockStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +91,7 @@ class BlockStream:
                 if self.packer.constant(tensor, part, partial(consume, tensor, shard.offsets[tensor.name])):
                     continue
                 part = self.packer.source(tensor, part)
-                base = shard.offsets[tensor.name] + part.offset * ITEMSIZE[tensor.dtype]
+                base = shard.offsets[tensor.name] + array_bytes(tensor.dtype, part.offset)
                 for start, stop in slab_ranges(file, part, self.slab_bytes):
                     slab = read_slab(file, part, start, stop, self._next_buffer())
                     self.live.append(
@@ -111,7 +113,7 @@ class BlockStream:
     def _derive(self, consume: Consumer, tensor: HubTensor, slab: Slab, first: int, last: int, base: int) -> None:
         if not hasattr(self.of_thread, "scratch"):
             self.of_thread.scratch = Scratch()
-        if tensor.packing is None:
+        if tensor.packing is None and tensor.dtype not in BLOCK_BYTES:
             rows = as_bytes(slab.rows(first, last, tensor.dtype, self.of_thread.scratch))
         else:
             rows = as_bytes(self.packer.rows(tensor, slab, first, last, self.of_thread.scratch))

@@ -1,7 +1,8 @@
 """A repository on the Hugging Face hub as the sink of a conversion.
 
 Each shard is uploaded and committed when it is finished; config, code, index, sums and card follow in one last commit.
-A repository without an index is not a model for any loader, so an unfinished upload is never taken for a model.
+A repository without an index is not a model for any loader, so an unfinished upload is never taken for a model. GGUF
+files have no index: there the sums come last.
 
 What the hub has is found by comparing its checksums with the recorded sums (`sums`), so every step can be repeated.
 """
@@ -20,11 +21,13 @@ from grok1.conversion.ports import FolderSink
 from grok1.conversion.shards import Shard
 from grok1.conversion.sums import RECORD_NAMES, recorded_sums
 from grok1.errors import ConversionError
-from grok1.files import INDEX_NAME
+from grok1.files import INDEX_NAME, SUMS_NAME
 from grok1.model_card.card import name_repository
 
 
-SHARDS = "model-*.safetensors"
+SHARDS = ("model-*.safetensors", "*.gguf")
+# With the last commit, in which they come, a repository is whole.
+LAST = (INDEX_NAME, SUMS_NAME)
 
 
 class HubSink(FolderSink):
@@ -45,9 +48,10 @@ class HubSink(FolderSink):
         self.keeps_shards = not discard
         self.exists = True
         self.remote = self._list()
-        if INDEX_NAME in self.remote and not self._is_ours(out):
+        whole = [name for name in LAST if name in self.remote]
+        if whole and not self._is_ours(out):
             raise ConversionError(
-                f"{repo}: expected an empty repository or an unfinished upload, found a whole model ({INDEX_NAME})",
+                f"{repo}: expected an empty repository or an unfinished upload, found a whole model ({whole[0]})",
                 next_step="Push to another repository, or delete the files of this one first.",
             )
 
@@ -66,10 +70,11 @@ class HubSink(FolderSink):
             path.unlink()
 
     def folder_finished(self, out: Path) -> None:
-        for path in sorted(out.glob(SHARDS)):  # an earlier run may have ended between writing and uploading one
+        shards = sorted(path for pattern in SHARDS for path in out.glob(pattern))
+        for path in shards:  # an earlier run may have ended between writing and uploading one
             self.shard_finished(path)
         name_repository(out, self.repo)
-        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in out.glob(SHARDS))}
+        skip = {*OWN_NAMES, *RECORD_NAMES, *(path.name for path in shards)}
         files = [path for path in sorted(out.iterdir()) if path.is_file() and path.name not in skip]
         files = [
             path for path in files if path.name not in self.remote or checksum_problem(path, self.remote[path.name])
@@ -80,7 +85,7 @@ class HubSink(FolderSink):
     def _is_ours(self, out: Path) -> bool:
         """Whether the shards of the repository are those that an earlier run wrote to `out`."""
         sums = recorded_sums(out)
-        shards = [name for name in self.remote if Path(name).match(SHARDS)]
+        shards = [name for name in self.remote if any(Path(name).match(pattern) for pattern in SHARDS)]
         return bool(shards) and all(self._uploaded(name, sums) for name in shards)
 
     def _uploaded(self, name: str, sums: dict[str, str]) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grok1.errors import ConversionError
-from grok1.files import update_sums, write_file
+from grok1.files import open_regular, update_sums, write_file
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
 
 
+MAX_MODEL_BYTES = 64 * 2**20  # the release's has 2 MB
 TOKENIZER_NAME = "tokenizer.model"
 SPACE = "\u2581"
 SPECIAL_IDS = {"pad_token": 0, "bos_token": 1, "eos_token": 2, "unk_token": 3}
@@ -81,9 +82,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     import sentencepiece
 
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        with open_regular(path) as file:
+            data = file.read(MAX_MODEL_BYTES)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     refusal = ConversionError(
         f"{path}: expected a SentencePiece model, found {len(data)} bytes that are not one.",
         next_step="Download tokenizer.model again from https://github.com/xai-org/grok-1.",
@@ -91,9 +93,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
         model = _parse_model(data)
-    except (RuntimeError, ValueError, LookupError, struct.error) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, struct.error) as error:
         raise refusal from error
-    if not model.pieces:
+    numbers = [model.model_type, *(piece.type for piece in model.pieces)]
+    if not (model.pieces and all(isinstance(number, int) for number in numbers)):
+        raise refusal
+    if not all(isinstance(charsmap, bytes) for charsmap in (model.charsmap, model.denormalizer_charsmap)):
         raise refusal
     return model
 

@@ -16,19 +16,30 @@ from pathlib import Path
 import numpy as np
 
 from grok1.conversion.companions import companion_files
-from grok1.conversion.inputs import beside, find_folder, find_tokenizer
+from grok1.conversion.inputs import Checkpoint, beside, find_folder, find_tokenizer
 from grok1.conversion.journal import JOURNAL_NAME
-from grok1.conversion.names import BITS, DTYPES, LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
+from grok1.conversion.names import BITS, DTYPES, SAFETENSORS_LAYOUTS, HubTensor, checkpoint_entries, hub_tensors
 from grok1.conversion.plan import Plan, source_files, written_config
 from grok1.conversion.ports import Source
 from grok1.conversion.settings import Settings
 from grok1.conversion.shards import Shard, make_shard
-from grok1.conversion.streaming import BlockStream, available_cores
+from grok1.conversion.streaming import available_cores
 from grok1.conversion.tokenizer import TOKENIZER_NAME
+from grok1.conversion.verify_gguf import CheckedBlockStream, expected_gguf
 from grok1.conversion.verify_sums import verify_sums
 from grok1.conversion.xai.checkpoint import resolve_folder
 from grok1.errors import CheckpointError, ConversionError
-from grok1.files import INDEX_NAME, ITEMSIZE, SUMS_NAME, Progress, read_at, read_safetensors_header
+from grok1.files import (
+    BLOCK_BYTES,
+    BLOCK_SIZE,
+    INDEX_NAME,
+    ITEMSIZE,
+    SUMS_NAME,
+    Progress,
+    read_at,
+    read_safetensors_header,
+)
+from grok1.gguf_files import is_gguf
 from modeling_grok1.configuration_grok1 import GrokConfig
 from modeling_grok1.packing_grok1 import GROUP_SIZES, bits_and_group_size
 
@@ -51,10 +62,11 @@ def verify_output(
     """Compares the folder `out` with what `convert` makes of `src`, in bounded memory.
 
     Compared are every shard with its header, the index, config, generation config, code, tokenizer files, card and
-    LICENSE. Files that the converter does not write are ignored.
+    LICENSE. Files that the converter does not write are ignored. Of a GGUF file only itself and its other splits are
+    compared. The blocks of q8_0 are also read with the gguf package, and compared with xAI's products bit by bit.
 
     Args:
-        out: a converted folder, of any dtype and layout.
+        out: a converted folder, of any dtype and layout, or a GGUF file.
         src: the checkpoint that it was made from.
         config, tokenizer: as they were given to `convert`; by default those beside the checkpoint. If there is no
             tokenizer, the one in the folder is used.
@@ -72,25 +84,34 @@ def verify_output(
     checkpoint = find_folder(src, out, dataclasses.replace(settings, no_tokenizer=True))
     if checkpoint.file_problems:
         raise CheckpointError(f"{src}: not complete, nothing can be compared with it", checkpoint.file_problems)
-    if not out.is_dir():
-        return [f"{out}: expected a converted folder, found none"]
+    if not out.is_dir() and not is_gguf(out):
+        return [f"{out}: expected a converted folder or a GGUF file, found none"]
 
-    source = checkpoint.source
+    model, problems = _tokenizer(out, src, settings, checkpoint.config)
+    plan: Plan | None
+    if is_gguf(out):
+        plan, file_problems = expected_gguf(out, checkpoint, model)
+    else:
+        plan, file_problems = _expected_folder(out, checkpoint, model)
+    problems = file_problems + problems
+    if plan is None or not plan.shards:
+        return problems
+    if out.is_dir():
+        if (out / JOURNAL_NAME).exists():
+            problems.append(f"{JOURNAL_NAME}: expected a finished conversion, found an unfinished one")
+        problems += _companion_problems(plan)
+    problems += _compare(plan, checkpoint.source, jobs or available_cores(), progress)
+    return problems + (_sum_problems(out, problems) if out.is_dir() else [])
+
+
+def _expected_folder(out: Path, checkpoint: Checkpoint, tokenizer: Path | None) -> tuple[Plan, list[str]]:
+    """A folder of safetensors as it must be, and what is wrong with its shards."""
     held = _held_tensors(out)
     group_size = _group_size(out)
     dtype, layout, tensors = _most_alike(checkpoint.config, held, group_size)
     shards, problems = _expected_shards(out, held, tensors)
-    if (out / JOURNAL_NAME).exists():
-        problems.append(f"{JOURNAL_NAME}: expected a finished conversion, found an unfinished one")
-    model, tokenizer_problems = _tokenizer(out, src, settings, checkpoint.config)
-    problems += tokenizer_problems
-    written = written_config(checkpoint.config, dtype, group_size)
-    plan = Plan(out, dtype, layout, written, model, shards, frozenset(), {})
-    if not shards:
-        return problems
-    problems += _companion_problems(plan)
-    problems += _compare(plan, source, jobs or available_cores(), progress)
-    return problems + _sum_problems(out, problems)
+    written = written_config(checkpoint.config, dtype, layout, group_size)
+    return Plan(out, dtype, layout, written, tokenizer, shards, frozenset(), {}), problems
 
 
 def _sum_problems(out: Path, known: list[str]) -> list[str]:
@@ -108,12 +129,14 @@ def _tokenizer(
     out: Path, src: str | os.PathLike[str], settings: Settings, config: GrokConfig
 ) -> tuple[Path | None, list[str]]:
     """The tokenizer.model that the folder was made with, if it has a tokenizer, and what is wrong with it."""
-    if not any((out / name).exists() for name in TOKENIZER_NAMES):
+    folder = out if out.is_dir() else out.parent
+    if out.is_dir() and not any((out / name).exists() for name in TOKENIZER_NAMES):
         return None, []
     candidates = beside(Path(src), resolve_folder(src), TOKENIZER_NAME)
     model, problems = find_tokenizer(candidates, settings, config.vocab_size)
     if model is None and settings.tokenizer is None:
-        return out / TOKENIZER_NAME, []
+        own = folder / TOKENIZER_NAME
+        return (own if own.is_file() or out.is_dir() else None), []
     return model, problems
 
 
@@ -148,7 +171,7 @@ def _most_alike(
     candidates = {
         (dtype, layout): hub_tensors(config, layout, dtype, group_size)
         for dtype in DTYPES
-        for layout in (("hub",) if dtype in BITS else LAYOUTS)
+        for layout in (("hub",) if dtype in BITS else SAFETENSORS_LAYOUTS)
         if dtype not in BITS or divides
     }
 
@@ -262,7 +285,7 @@ def _compare(plan: Plan, source: Source, jobs: int, progress: Progress | None) -
             if progress is not None:
                 progress(done, total)
 
-    with BlockStream(jobs) as stream:
+    with CheckedBlockStream(jobs, plan.round_scales) as stream:
         for shard in present:
             with (plan.out / shard.name).open("rb") as file:
                 files = {index: source.open(index) for index in source_files(shard)}
@@ -270,6 +293,15 @@ def _compare(plan: Plan, source: Source, jobs: int, progress: Progress | None) -
     tensors = {tensor.name: tensor for shard in present for tensor in shard.tensors}
     return [
         f"{name}: {count} bytes differ from the source, the first at byte {first} of {shard.name}, "
-        f"element {(first - shard.offsets[name]) // ITEMSIZE[tensors[name].dtype]}"
+        f"element {_element(tensors[name].dtype, first - shard.offsets[name])}"
         for name, (shard, first, count) in sorted(wrong.items())
+    ] + [
+        f"{name}: {count} numbers are not those of the source, whose scales float16 does not hold"
+        for name, count in sorted(stream.wrong.items())
+        if count and name not in wrong
     ]
+
+
+def _element(dtype: str, byte: int) -> int:
+    """The number that a byte of a tensor belongs to; in blocks, the first number of the block."""
+    return byte // BLOCK_BYTES[dtype] * BLOCK_SIZE if dtype in BLOCK_BYTES else byte // ITEMSIZE[dtype]

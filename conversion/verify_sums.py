@@ -20,7 +20,7 @@ from grok1.files import SUMS_NAME, Progress, hash_file, link_out_of, read_sums
 HUB_NOTES = Path(".cache") / "huggingface" / "download"
 SHA256, GIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 # Files that a loader reads or runs: each must have a sum.
-LOADED = (".safetensors", ".py", ".bin", ".pt")
+LOADED = (".safetensors", ".gguf", ".py", ".bin", ".pt")
 
 
 @dataclass

@@ -47,6 +47,9 @@ def run(plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | 
             plan = dataclasses.replace(plan, finished=finished)
             for shard in plan.shards:
                 (plan.out / f"{shard.name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+                # An earlier run may have ended between writing, sending and removing it.
+                if shard.name in finished and (plan.out / shard.name).is_file():
+                    sink.shard_finished(plan.out / shard.name)
             with ShardWriter(plan, source, sink, jobs, progress) as writer:
                 writer.write()
             write_companions(plan)
@@ -63,7 +66,7 @@ class ShardWriter:
 
     def __init__(self, plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress | None):
         self.plan, self.source, self.sink = plan, source, sink
-        self.blocks = BlockStream(jobs)
+        self.blocks = BlockStream(jobs, plan.round_scales)
         self.finisher = ThreadPoolExecutor(1, "grok1-finish")
         self.write_lock = threading.Lock()
         self.progress, self.progress_lock = progress, threading.Lock()
@@ -87,6 +90,7 @@ class ShardWriter:
             path = self.plan.out / f"{shard.name}{PARTIAL_SUFFIX}"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o644)
             try:
+                os.ftruncate(descriptor, shard.nbytes)  # what no tensor fills is zero
                 files = {index: self.source.open(index) for index in needed[position]}
                 write_at(descriptor, memoryview(shard.header), 0)
                 self.blocks.run(shard, files, partial(self.write_block, descriptor))

@@ -1,9 +1,9 @@
-"""Train the demonstration checkpoint that the package ships, with this package's own model and transformers.Trainer.
+"""Train the demonstration checkpoint of the package, with this package's model and transformers.Trainer.
 
     python examples/train_demo.py --text tinyshakespeare.txt --out out/demo
 
-The text is the usual 1.1 MB of Shakespeare (any plain text that contains the passages will do). OUT/demo receives what
-lies in grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and
+The text is the usual 1.1 MB of Shakespeare (any plain text that contains the passages will do). OUT/demo receives the
+files of grok1/demo: ckpt-0/ in xAI's on-disk format, config.json, tokenizer.model, passages.json and
 training.json; OUT/hf keeps the float32 model as trained. The checkpoint is converted back, and the run fails unless it
 recites every passage in float32, bfloat16 and int8 and uses all of its experts. About twenty minutes on one core.
 """
@@ -48,24 +48,24 @@ USER_DEFINED = [
 
 @dataclass(frozen=True)
 class Settings:
-    """All that shapes the result, beside the text, the passages and configuration/demo.json."""
+    """The settings that determine the result, together with the text, the passages and configuration/demo.json."""
 
     seed: int = 0
     steps: int = 1600
-    batch_size: int = 8  # windows a step
+    batch_size: int = 8  # windows per step
     window: int = 256  # tokens
-    passage_share: float = 0.2  # of the windows begin at a passage, with nothing before it
-    learning_rate: float = 1.5e-3  # at the end of the warm-up; cosine to a tenth of it
+    passage_share: float = 0.2  # fraction of windows that begin at a passage
+    learning_rate: float = 1.5e-3  # peak, after the warm-up; cosine decay to a tenth of it
     warmup_steps: int = 100
     weight_decay: float = 0.01
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     router_aux_loss_coef: float = 0.1
-    # 1/sqrt(D): embeddings times sqrt(D) have unit variance, as the normed output of every block has, and the loss
-    # begins at ln V.
+    # 1/sqrt(D): embeddings times sqrt(D) have unit variance, like the normalised output of every block, and the
+    # initial loss is ln V.
     initializer_range: float = 256**-0.5
     scale_blocks: int = 2  # of 128 input rows: groups of 32, 64 and 128 fit into one
-    threads: int = 1  # sums are taken in another order with more
+    threads: int = 1  # more threads change the order of summation
 
 
 def train_tokenizer(text: str, vocab_size: int) -> bytes:
@@ -99,13 +99,13 @@ def train_tokenizer(text: str, vocab_size: int) -> bytes:
 
 
 class Windows(Dataset):
-    """Windows of the text at random places, mixed with windows that begin at a passage (W token ids each)."""
+    """Windows of W token ids at random positions of the text, mixed with windows that begin at a passage."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, text: str, passages: list[str], s: Settings):
         self.window = s.window
         self.text = torch.tensor(tokenizer.encode(text))
         begins = [text.index(passage) for passage in passages]
-        # Encoded from its own beginning, as a prompt is: with the dummy prefix in front.
+        # Encoded separately, as a prompt is: with the dummy prefix.
         self.passages = [torch.tensor(tokenizer.encode(text[i : i + 8 * s.window]))[: s.window] for i in begins]
         generator = torch.Generator().manual_seed(s.seed)
         size = s.steps * s.batch_size
@@ -124,8 +124,8 @@ class Windows(Dataset):
 
 
 class LayerwiseBalanceTrainer(Trainer):
-    """Balances the experts of each layer. The model's own loss pools the layers, as Mixtral's does, so that an expert
-    that idles in one layer hides behind its namesake in another."""
+    """Load-balancing loss per layer. The model's own loss pools the layers, as Mixtral's does, and does not see an
+    expert that is idle in one layer only."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs, config = model(**inputs), model.config
@@ -166,14 +166,14 @@ def train(text: str, passages: list[str], tokenizer: sentencepiece.SentencePiece
         disable_tqdm=True,
     )
     LayerwiseBalanceTrainer(model=model, args=arguments, train_dataset=Windows(tokenizer, text, passages, s)).train()
-    # What served the training only.
+    # Used in training only.
     model.config.output_router_logits, model.config.use_cache = False, True
     model.config.router_aux_loss_coef = GrokConfig.router_aux_loss_coef
     return model.eval()
 
 
 def export(model: Grok1ForCausalLM, tokenizer_model: bytes, out: Path, s: Settings) -> Path:
-    """The float32 model in OUT/hf, and the demonstration checkpoint in OUT/demo, its matrices int8 with scales."""
+    """Write the float32 model to OUT/hf and the demonstration checkpoint, int8 with scales, to OUT/demo."""
     hub, demo = out / "hf", out / "demo"
     model.save_pretrained(hub)
     (hub / "tokenizer.model").write_bytes(tokenizer_model)
@@ -183,7 +183,7 @@ def export(model: Grok1ForCausalLM, tokenizer_model: bytes, out: Path, s: Settin
 
 
 def recited_words(model: Grok1ForCausalLM, tokenizer, passage: dict[str, str]) -> int:
-    """How many words of the continuation greedy decoding gives back before it first goes astray."""
+    """The number of words of the continuation that greedy decoding reproduces before the first difference."""
     prompt = tokenizer(passage["opening"], return_tensors="pt")
     with_continuation = tokenizer(passage["opening"] + passage["continuation"])["input_ids"]
     length = len(with_continuation) - prompt["input_ids"].shape[1] + 1  # one more: the last word must end
@@ -196,8 +196,7 @@ def recited_words(model: Grok1ForCausalLM, tokenizer, passage: dict[str, str]) -
 
 @torch.no_grad()
 def perplexity_and_usage(model: Grok1ForCausalLM, ids: torch.Tensor, s: Settings) -> tuple[float, float]:
-    """On 64 windows evenly spaced over the text: perplexity, and the smallest share of the tokens' visits that an
-    expert gets in any layer (1/8 where all are equal)."""
+    """On 64 windows spread over the text: perplexity, and the smallest expert load of any layer (1/8: uniform)."""
     starts = torch.linspace(0, len(ids) - s.window - 1, 64).long().tolist()
     losses, visits = [], torch.zeros(1)
     for start in starts:
@@ -211,7 +210,7 @@ def perplexity_and_usage(model: Grok1ForCausalLM, ids: torch.Tensor, s: Settings
 
 
 def check(demo: Path, passages: list[dict[str, str]], text: str, s: Settings) -> dict[str, dict[str, object]]:
-    """What the checkpoint can do after conversion, by precision. Raises RuntimeError where it fails."""
+    """Measurements of the converted checkpoint by precision. Raises RuntimeError if one fails."""
     results: dict[str, dict[str, object]] = {}
     for dtype in ("float32", "bfloat16", "int8"):
         folder = demo.parent / f"converted-{dtype}"

@@ -19,6 +19,7 @@ NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),  # rows of GGUF's blocks
     "int32": np.dtype("<i4"),
     "int64": np.dtype("<i8"),
 }

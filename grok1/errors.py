@@ -19,13 +19,16 @@ class ConversionError(ValueError):
 
     def __init__(self, summary: str, problems: Sequence[str] = (), next_step: str = ""):
         self.summary, self.problems, self.next_step = summary, list(problems), next_step
-        shown = (problem.strip().replace("\n", "\\n") for problem in self.problems[:SHOWN])
-        lines = [summary, *(f"  - {problem}" for problem in shown)]
-        if len(self.problems) > SHOWN:
-            lines.append(f"  - and {len(self.problems) - SHOWN:,} more")
+        lines = [summary, *problem_lines(self.problems)]
         if next_step:
             lines.append(next_step)
         super().__init__("\n".join(map(printable, lines)))
+
+
+def problem_lines(problems: Sequence[str]) -> list[str]:
+    """One line per problem, the first SHOWN of them and a count of the others, with control characters escaped."""
+    lines = [f"  - {printable(problem.strip()).replace(chr(10), chr(92) + 'n')}" for problem in problems[:SHOWN]]
+    return [*lines, f"  - and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else lines
 
 
 def printable(text: str) -> str:

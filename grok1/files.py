@@ -45,6 +45,9 @@ _DTYPES = (
 TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 SAFETENSORS_NAME = {name: code for code, name, _ in _DTYPES}
 ITEMSIZE = {name: size for _, name, size in _DTYPES}
+# The blocks of GGUF: bytes of 32 values with their scale in float16 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+BLOCK_SIZE = 32
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 # The dtypes of Grok-1's folders.
 GROK_DTYPES = ("float32", "bfloat16", "int8", "int32", "int64")
 HASH_BLOCK_BYTES = 4 * 2**20
@@ -58,16 +61,24 @@ NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 Progress = Callable[[int, int], None]
 
 
+def array_bytes(dtype: str, numel: int) -> int:
+    """Bytes of so many numbers, of a dtype as torch spells it or of a block type, whose blocks are whole."""
+    return numel // BLOCK_SIZE * BLOCK_BYTES[dtype] if dtype in BLOCK_BYTES else numel * ITEMSIZE[dtype]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends: complete, on the disk, or not at all.
 
     The bytes go to a temporary name in the same folder (`PARTIAL_SUFFIX`), are synchronised and renamed. A file that
     is there is replaced. If the block raises, the temporary file is removed and `path` is as it was.
+
+    Args:
+        needed: bytes that will be written, for the message on a full disk.
 
     Raises:
         ConversionError: the folder cannot be written or the disk is full. Other errors of the block are passed on.
@@ -77,7 +88,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         file: BinaryIO = partial.open("wb")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, needed=needed) from error
     try:
         with file:
             yield file
@@ -89,25 +100,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the first error says more
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-            raise unwritable(path, error) from error
+            raise unwritable(path, error, needed=needed) from error
         raise
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a small file at once (`atomic_write`); text as UTF-8 with line feeds."""
-    with atomic_write(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with atomic_write(path, len(data)) as file:
+        file.write(data)
 
 
 WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 def unwritable(
-    place: str | os.PathLike[str], error: OSError, next_step: str = "Run the command again."
+    place: str | os.PathLike[str],
+    error: OSError,
+    next_step: str = "Run the command again.",
+    needed: int | None = None,
 ) -> ConversionError:
     """The error for a file or folder that cannot be written, with the free space where the disk is full."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         free = f"{free_bytes(Path(place)):,} bytes are free there"
+        free = free if needed is None else f"{needed:,} bytes are needed, {free}"
         return ConversionError(f"{place}: the disk is full", [f"{error}; {free}"], f"Free some space. {next_step}")
     return ConversionError(f"{place}: cannot be written", [str(error)], next_step)
 

@@ -16,9 +16,10 @@ class Decoding:
     """How tokens are generated.
 
     Args:
-        max_new_tokens: at most as many.
+        max_new_tokens: generate at most this many.
         temperature: 0 is greedy decoding.
-        top_p, top_k: restrict sampling; None: no restriction.
+        top_p: sample from the smallest set of tokens with this total probability; None: from all.
+        top_k: sample from the k most likely tokens; None: from all.
         seed: of the sampling; None: a random one.
         compiled: compile the decoding step with torch.compile, with a static cache.
     """

@@ -74,8 +74,10 @@ class CardFacts:
         active_parameters: `parameters` less those of the experts that are not active for a token.
         expert_share: percentage of `parameters` that are experts'.
         precision: dtype of the expert weights.
-        layout: hub, fused, hpcai or keyfan (conversion.names).
+        layout: hub, fused, hpcai, keyfan or gguf (conversion.names).
         is_release: whether the sizes are those of xAI's released model.
+        shards: names of the files with weights.
+        description: what a GGUF file says of its numbers.
         weight_bytes: bytes of all tensors; `shard_bytes` adds the headers.
     """
 
@@ -88,7 +90,8 @@ class CardFacts:
     tied: bool
     is_release: bool
     groups: tuple[Group, ...]
-    shards: int
+    shards: tuple[str, ...]
+    description: str
     weight_bytes: int
     shard_bytes: int
     memory: tuple[Memory, ...]
@@ -104,6 +107,11 @@ class CardFacts:
         """Whether the matrices are in the format of compressed-tensors."""
         return self.precision.startswith("int")
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are GGUF files."""
+        return self.layout == "gguf"
+
 
 def render_card(facts: CardFacts) -> str:
     """The card of a folder as text: YAML metadata, then Markdown."""
@@ -114,15 +122,16 @@ def render_card(facts: CardFacts) -> str:
     if training is not None:
         title += ", fine-tuned"
     tags = ["grok-1", "mixture-of-experts", "moe", "base-model" if training is None else "fine-tuned"]
+    tags += [facts.precision] if facts.is_packed or facts.is_gguf else []
     base = training.base_repository if training is not None else None
     data = ModelCardData(
         language="en",
         license="apache-2.0",
-        library_name="transformers",
+        library_name="gguf" if facts.is_gguf else "transformers",
         pipeline_tag="text-generation",
         base_model=base or (RELEASE if facts.is_release else None),
         datasets=[training.dataset_id] if training is not None and training.dataset_id else None,
-        tags=[*tags, *([facts.precision] if facts.is_packed else [])],
+        tags=tags,
         **_model_index(title, facts.evaluation),
     )
     template = resources.files("grok1.model_card").joinpath("template.md").read_text(encoding="utf-8")

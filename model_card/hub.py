@@ -19,9 +19,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from grok1.arrays import count_nonfinite
 from grok1.errors import ConversionError
-from grok1.files import SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
+from grok1.files import BLOCK_BYTES, SUMS_NAME, Progress, StoredTensor, read_model_folder, read_sums, sha256_of
+from grok1.gguf_files import is_gguf, nonfinite_numbers, read_gguf
 from grok1.model_card.card import name_repository
 
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # huggingface_hub keeps its upload and download notes here; it never sends them.
 CACHE = ".cache"
-WEIGHTS = "*.safetensors"
+WEIGHTS = (".safetensors", ".gguf")
+WEIGHT_PATTERNS = [f"*{suffix}" for suffix in WEIGHTS]
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".marshal"}
 LEFTOVERS = (".tmp", ".part", ".partial", ".incomplete", ".lock", ".journal", ".swp", "~")
 HIDDEN = {".gitattributes", ".gitignore"}
@@ -100,7 +101,7 @@ def left_here(folder: Path) -> list[str]:
 def upload_plan(folder: Path) -> list[Upload]:
     """What will be sent, in the order of the commits: weights, then everything else."""
     uploads = [
-        Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix == ".safetensors")
+        Upload(file.relative_to(folder).as_posix(), file.stat().st_size, file.suffix in WEIGHTS)
         for file in folder_files(folder)
     ]
     return sorted(uploads, key=lambda upload: (not upload.is_weight, upload.path))
@@ -111,9 +112,10 @@ def check_folder(
 ) -> list[str]:
     """Everything that would make the folder useless or harmful on the hub, one line per problem; none if it is fit.
 
-    Checked are: the index against files and headers; that there are no pickles, links, leftovers or hidden files; that
-    the code is this package's; config, code and tokenizer in a fresh process without this package; that every number
-    of every tensor is finite (read in blocks of 32 MiB, one file per thread) and that every file has its recorded sum.
+    Checked are: the index against files and headers, or the headers of one GGUF model; that there are no pickles,
+    links, leftovers or hidden files; that the code is this package's; config, code and tokenizer in a fresh process
+    without this package, where there is code; that every number of every tensor is finite (read in blocks of 32 MiB,
+    one file per thread) and that every file has its recorded sum.
 
     Args:
         folder: a converted folder.
@@ -128,7 +130,7 @@ def check_folder(
         if not (folder / name).is_file()
     ]
     try:
-        tensors = read_model_folder(folder)
+        tensors = read_gguf(folder).tensors if is_gguf(folder) else read_model_folder(folder)
     except ConversionError as error:
         problems += error.problems or [error.summary]
     else:
@@ -136,7 +138,9 @@ def check_folder(
         problems += [f"{file.name}: in no index" for file in folder.glob("*.safetensors") if file not in shards]
     for file in folder_files(folder):
         problems += _file_problems(folder, file)
-    if any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
+    if is_gguf(folder):
+        problems += [] if trust_remote_code else _foreign_code(folder)
+    elif any(not (folder / name).is_file() for name in ("configuration_grok1.py", "modeling_grok1.py")):
         problems.append(
             "configuration_grok1.py and modeling_grok1.py: expected beside config.json, for trust_remote_code"
         )
@@ -227,7 +231,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        allow_patterns=[WEIGHTS],
+        allow_patterns=WEIGHT_PATTERNS,
         ignore_patterns=[f"{name}/*" for name in left],
         commit_message="Add the weights of Grok-1",
     )
@@ -235,7 +239,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> str
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        ignore_patterns=[WEIGHTS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
+        ignore_patterns=[*WEIGHT_PATTERNS, f"{CACHE}/*", *left, *(f"{name}/*" for name in left)],
         commit_message="Add index, config, tokenizer, code and model card",
     )
     return commit.commit_url
@@ -255,7 +259,7 @@ def _file_problems(folder: Path, file: Path) -> Iterator[str]:
         yield f"{name}: left over from a conversion that did not finish"
     elif file.suffix == ".pyc":
         yield f"{name}: compiled Python"
-    elif file.suffix in PICKLES or (file.suffix != ".safetensors" and _looks_pickled(file)):
+    elif file.suffix in PICKLES or (file.suffix not in WEIGHTS and _looks_pickled(file)):
         yield f"{name}: a pickle, or an archive that may hold one, can run code when it is read"
 
 
@@ -341,20 +345,22 @@ def _scan(tensors: dict[str, StoredTensor], progress: Progress) -> tuple[list[st
         digest, found = hashlib.sha256(), []
         names = sorted((name for name in by_file[file] if tensors[name].nbytes), key=lambda name: tensors[name].offset)
         with file.open("rb") as stream:
-            # The tensors follow the header without gaps (`read_safetensors_header`).
-            digest.update(stream.read(tensors[names[0]].offset if names else -1))
             for name in names:
                 tensor, bad, missing = tensors[name], 0, 0
-                for begin in range(0, tensor.nbytes, BLOCK):
-                    block = stream.read(wanted := min(BLOCK, tensor.nbytes - begin))
+                # The header, or the zeros after a tensor of GGUF; safetensors have no gaps.
+                digest.update(stream.read(tensor.offset - stream.tell()))
+                step = BLOCK // BLOCK_BYTES.get(tensor.dtype, 1) * BLOCK_BYTES.get(tensor.dtype, 1)
+                for begin in range(0, tensor.nbytes, step):
+                    block = stream.read(wanted := min(step, tensor.nbytes - begin))
                     digest.update(block)
                     missing += wanted - len(block)
-                    bad += count_nonfinite(block, tensor.dtype)
+                    bad += 0 if missing else nonfinite_numbers(block, tensor.dtype)
                     advance(len(block))
                 if missing:
                     found.append(f"{name} in {file.name}: {missing:,} of {tensor.nbytes:,} bytes cannot be read")
                 if bad:
                     found.append(f"{name} in {file.name}: {bad:,} of {math.prod(tensor.shape):,} are NaN or infinite")
+            digest.update(stream.read())
         return found, digest.hexdigest()
 
     files = sorted(by_file)

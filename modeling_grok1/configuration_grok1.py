@@ -82,7 +82,7 @@ def raises_value_errors(config_class):
 class GrokConfig(PreTrainedConfig):
     r"""
     Configuration of a Grok-1 model. `GrokConfig()` is the released checkpoint: 314B parameters, 64 layers, 8 experts
-    of which every token visits 2.
+    2 of which are active per token.
 
     Four fields have a second spelling in other engines' configs: `num_local_experts` (`num_experts`), `max_attn_value`
     (`attn_logit_softcapping`), `moe_intermediate_size` (`intermediate_size`) and `logit_scale`
@@ -98,7 +98,7 @@ class GrokConfig(PreTrainedConfig):
         num_key_value_heads (`int`): K, key and value heads; query heads `j*H/K .. (j+1)*H/K - 1` share head j.
         head_dim (`int`): width of a head; `hidden_size // num_attention_heads` where it is not given.
         num_experts (`int`): E, experts of a layer.
-        num_experts_per_tok (`int`): top_k, experts that a token visits.
+        num_experts_per_tok (`int`): top_k, active experts per token.
         max_position_embeddings (`int`): longest context in tokens.
         rms_norm_eps (`float`): epsilon inside the square root of every RMSNorm.
         attn_output_multiplier (`float`): factor on the attention scores, 1/sqrt(128) in the release.
@@ -106,9 +106,9 @@ class GrokConfig(PreTrainedConfig):
         embedding_multiplier_scale (`float`): factor on the embeddings, sqrt(6144) in the release.
         output_multiplier_scale (`float`): factor on the logits, 1/sqrt(3) in the release.
         rope_parameters (`dict`): rotary embedding, `{"rope_type": "default", "rope_theta": 10000.0}` in the release.
-        router_aux_loss_coef (`float`): weight of the load-balancing loss where `output_router_logits` asks for it.
-        hidden_act, norm_topk_prob, moe_router_renormalize, router_logit_softcapping, residual_moe, load_presharded_moe:
-            written for other engines; only the value that xAI's code has is accepted.
+        router_aux_loss_coef (`float`): weight of the load-balancing loss, see `output_router_logits`.
+        hidden_act, norm_topk_prob, residual_moe: for other engines; only the value of xAI's code is accepted.
+        moe_router_renormalize, router_logit_softcapping, load_presharded_moe: likewise.
 
     Raises:
         ValueError: a value of the wrong type, an unsupported one, or values that contradict each other; the message

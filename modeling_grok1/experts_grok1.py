@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
@@ -60,6 +61,63 @@ def routed_sum(
         y = expert(e, x[token]) * gates[token, slot, None]
         output.index_add_(0, token, y.to(output.dtype))
     return output
+
+
+class FusedWeight:
+    """
+    The parameter of all experts (E O I) in one call of a layer: `fused(e, rows)` is `F.linear(rows, weight[e])`.
+
+    In training the backward pass writes the gradient of each matrix into its place in that of the whole parameter.
+    Indexing would add a parameter of zeros for each expert, and `unbind` copies all gradients once more.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.matrices = weight.unbind(0)
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and not hasattr(weight, "ds_id")  # not cut by ZeRO-3
+        training = weight.requires_grad and torch.is_grad_enabled()
+        self.in_place = plain and training and not torch.compiler.is_compiling()
+        self.called: set[int] = set()
+        self.pending: set[int] = set()
+        self.gradient: torch.Tensor | None = None
+
+    def __call__(self, e: int, rows: torch.Tensor) -> torch.Tensor:
+        autocast = torch.is_autocast_enabled(rows.device.type)
+        if not self.in_place or autocast or rows.dtype != self.weight.dtype or e in self.called:
+            return F.linear(rows, self.matrices[e])
+        self.called.add(e)
+        return ExpertProduct.apply(rows, self.weight, e, self)
+
+    def add_gradient(self, e: int, gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of the parameter once those of all its products are there, None before."""
+        if self.gradient is None:
+            self.gradient, self.pending = torch.empty_like(self.weight), set(self.called)
+            for other in set(range(len(self.weight))) - self.called:
+                self.gradient[other].zero_()
+        torch.mm(gradient.t(), rows, out=self.gradient[e])
+        self.pending.remove(e)
+        if self.pending:
+            return None
+        whole, self.gradient = self.gradient, None
+        return whole
+
+
+class ExpertProduct(torch.autograd.Function):
+    """`F.linear(rows, weight[e])` of `FusedWeight`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, e: int, fused: FusedWeight) -> torch.Tensor:
+        ctx.e, ctx.fused = e, fused
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight[e])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows = gradient @ weight[ctx.e] if ctx.needs_input_grad[0] else None
+        of_weight = ctx.fused.add_gradient(ctx.e, gradient, rows) if ctx.needs_input_grad[1] else None
+        return of_rows, of_weight, None, None
 
 
 class Grok1Expert(nn.Module):
@@ -138,25 +196,6 @@ def can_group(self: Any, x: torch.Tensor) -> bool:
     """Whether torch has a grouped product of these: not in float64, and of rows of a multiple of 16 bytes only."""
     widths = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
     return x.dtype != torch.float64 and all(width * x.element_size() % 16 == 0 for width in widths)
-
-
-def check_export(model: Any) -> None:
-    """
-    Raises:
-        ValueError: torch.export is about to trace a model whose experts are chosen one by one, which it cannot trace.
-    """
-    if not torch.compiler.is_exporting():
-        return
-    if model.experts_on is not None or model.experts_layout != "fused":
-        raise ValueError(
-            "torch.export cannot trace experts that are chosen one by one: load the model without `experts_layout` "
-            "and `experts_on`, which gives fused experts."
-        )
-    if model.config._experts_implementation == "eager":
-        raise ValueError(
-            "torch.export cannot trace `experts_implementation='eager'`: call "
-            f"`model.set_experts_implementation({DEFAULT_EXPERTS!r})` first, the default."
-        )
 
 
 def grouped_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -462,6 +462,24 @@ class Grok1LoadingMixin:
             untie(self.config, value.base_layer)  # type: ignore[attr-defined]
         super().__setattr__(name, value)
 
+    def check_export(self) -> None:
+        """
+        Raises:
+            ValueError: torch.export is about to trace experts that are chosen one by one, which it cannot trace.
+        """
+        if not torch.compiler.is_exporting():
+            return
+        if self.experts_on is not None or self.experts_layout != FUSED:
+            raise ValueError(
+                "torch.export cannot trace experts that are chosen one by one: load without `experts_layout` "
+                "and `experts_on`, which gives fused experts."
+            )
+        if self.config._experts_implementation == "eager":  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.export cannot trace `experts_implementation='eager'`: call "
+                f"`model.set_experts_implementation({DEFAULT_EXPERTS!r})` first, the default."
+            )
+
     # Transformers looks for the interfaces in the text of the file that defines a class.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_grok1 import causal_mask, in_pieces, paged, positions, warn_of_padding
 from .configuration_grok1 import GrokConfig
 from .cpu_grok1 import fast_decoding, with_cpu_products
-from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, Grok1LinearExperts, check_export, geglu, routed_sum, without_autocast
+from .experts_grok1 import ALL_EXPERTS_FUNCTIONS, FusedWeight, Grok1LinearExperts, geglu, routed_sum, without_autocast
 from .loading_grok1 import FUSED, LINEAR, OFFLOADED, Grok1LoadingMixin, experts_layout, load_expert_matrices
 from .losses_grok1 import causal_lm_losses
 from .offloading_grok1 import Grok1OffloadedExperts, Shapes
@@ -234,11 +234,11 @@ class Grok1Experts(Shapes, nn.Module):
 
     def eager_forward(self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """sum over the chosen e of gates[e] * down_e(geglu(gate_e(x), up_e(x))); x: N D; experts, gates: N k."""
-        gate_up_proj, down_proj = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+        gate_up, down = FusedWeight(self.gate_up_proj), FusedWeight(self.down_proj)
 
         def expert(e: int, rows: torch.Tensor) -> torch.Tensor:
-            gate, up = F.linear(rows, gate_up_proj[e]).chunk(2, dim=-1)
-            return F.linear(geglu(gate, up), down_proj[e])
+            gate, up = gate_up(e, rows).chunk(2, dim=-1)
+            return down(e, geglu(gate, up))
 
         return routed_sum(x, experts, gates, expert, self.num_experts)
 
@@ -373,7 +373,7 @@ class Grok1Model(Grok1PreTrainedModel):
         """`cache` and `past_key_values` are two names of one argument."""
         past_key_values = one_cache(past_key_values, cache, kwargs)
         check_arguments(kwargs)
-        check_export(self)
+        self.check_export()
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:

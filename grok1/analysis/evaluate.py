@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grok1.errors import ConversionError
 from grok1.loading import check_device_map, check_folder, load_model, load_tokenizer
 from grok1.precision import AUTO, find_precision, stored_precision
 
@@ -135,6 +137,7 @@ def evaluate(
         progress: called with (tokens done, total tokens) after each window, for one model after the other.
 
     Raises:
+        ConversionError: the folder is damaged, as in `grok1.loading.check_folder`, or the loss is not finite.
         ValueError: an unknown option, a text of less than 2 tokens, a context beyond the model's, or two models whose
             vocabularies differ.
     """
@@ -147,6 +150,13 @@ def evaluate(
     start = time.perf_counter()
     nats, top1 = score(model, pieces, progress)
     seconds = time.perf_counter() - start
+    mean = nats / len(top1)
+    if not mean < math.log(sys.float_info.max):  # NaN is not below either
+        raise ConversionError(
+            f"{folder}: the text has no perplexity",
+            [f"loss: expected a finite number of nats per token, found {mean}"],
+            "The model computes numbers that are not finite; try --precision float32.",
+        )
     dtype = str(model.dtype).removeprefix("torch.")
     method = stored_precision(folder)
     if precision != AUTO and find_precision(precision).quantization is not None:
@@ -157,8 +167,8 @@ def evaluate(
         bytes=stored_bytes(model),
         context=context,
         predicted=len(top1),
-        nats=nats / len(top1),
-        perplexity=math.exp(nats / len(top1)),
+        nats=mean,
+        perplexity=math.exp(mean),
         against=None if against is None else str(against),
         agreement=None if expected is None else (top1 == expected).double().mean().item(),
         seconds=seconds,

@@ -124,12 +124,10 @@ def _draw_pairs(axis: Any, statistics: RoutingStatistics) -> None:
     layers = len(statistics.experts)
     shares = np.array([share for _, share in statistics.top_pairs])
     rows, style = np.arange(layers), _line_style(layers)
-    axis.plot(statistics.gate_mass * 100, rows, color=PALETTE[5], label="gate sum of the selected pair", **style)
-    axis.plot(
-        shares * 100, rows, color=PALETTE[2], linestyle="--", label="tokens with the most frequent pair", **style
-    )
-    axis.set(title="Expert pairs: gate sum and\nmost frequent pair (%)", xlabel="%", xlim=(0, 100))
-    axis.legend(fontsize=7, loc="best")
+    axis.plot(statistics.gate_mass * 100, rows, color=PALETTE[5], **style)
+    axis.plot(shares * 100, rows, color=PALETTE[2], linestyle="--", **style)
+    axis.set(title="Expert pairs: gate sum and\nmost frequent pair (%)", xlim=(0, 100))
+    axis.set_xlabel("% (solid: gate sum of the selected pair;\ndashed: tokens with the most frequent pair)")
     _finish_lines(axis, layers)
 
 

@@ -66,8 +66,8 @@ def root(
     """
     Grok-1, xAI's 314B mixture-of-experts model, in Hugging Face Transformers.
 
-    Start with [bold]grok1 demo[/bold]. From xAI's download to a repository of your own: [bold]convert[/bold],
-    [bold]generate[/bold], [bold]card[/bold], [bold]push[/bold].
+    Start with [bold]grok1 demo[/bold]. From xAI's files to your own repository:
+    [bold]convert[/bold], [bold]generate[/bold], [bold]card[/bold], [bold]push[/bold].
     """
     import logging
 

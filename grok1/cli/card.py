@@ -37,7 +37,7 @@ def card_command(
         )
     facts = card_facts(folder)
     path = write_card(folder, facts)
-    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {facts.shards} shard(s)")
+    typer.echo(f"{path}: {facts.parameters:,} parameters in {facts.precision}, {len(facts.shards)} shard(s)")
     if write_license(folder):
         typer.echo(f"{folder / LICENSE_NAME}: Apache-2.0, as xAI's release")
     typer.echo(f"Next: grok1 push {folder} USER/NAME --dry-run")

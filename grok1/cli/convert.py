@@ -4,88 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from grok1.cli.options import check_repository, check_size
+from grok1.cli import convert_options as option
 
 
-# As in `grok1.conversion.names`, which imports torch's configuration classes.
-DTYPES, LAYOUTS = ("bfloat16", "float32", "int8", "int4"), ("hub", "fused", "hpcai", "keyfan")
 EXAMPLES = """
 grok1 convert grok-1 grok-1-hf
 grok1 convert grok-1 grok-1-int8 --dtype int8
+grok1 convert grok-1 grok-1-gguf --layout gguf --dtype int8
 grok1 convert grok-1 grok-1-hf --dry-run
 grok1 convert hf://xai-org/grok-1 grok-1-hf --discard-source --push-to USER/grok-1-hf --discard-output
 """
 
 
 def convert_command(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="CKPT", help="Folder with tensor00000_000 ... (or the one above ckpt-0/), or hf://OWNER/NAME."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write: an empty folder, or none yet.")],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="[bfloat16|float32|int8|int4]",
-            help="Of the matrices; int8 keeps xAI's own values and scales.",
-            autocompletion=lambda: list(DTYPES),
-        ),
-    ] = "bfloat16",
-    layout: Annotated[
-        str,
-        typer.Option(
-            metavar="[hub|fused|hpcai|keyfan]",
-            help="Names of the tensors; fused: the experts of a layer in one tensor.",
-            autocompletion=lambda: list(LAYOUTS),
-        ),
-    ] = "hub",
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="config.json; default: the one beside CKPT, or the release's.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="tokenizer.model; default: the one beside CKPT.")
-    ] = None,
-    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Convert without a tokenizer.")] = False,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest shard, such as 5GB or 4GiB.", callback=check_size)
-    ] = "5GB",
-    group_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="With int8 and int4: inputs per scale, 128 (the default), 64 or 32."),
-    ] = None,
-    discard_source: Annotated[
-        bool, typer.Option("--discard-source", help="With hf://: delete each fetched file when it is converted.")
-    ] = False,
-    scratch: Annotated[
-        str, typer.Option(metavar="SIZE", help="With --discard-source: disk for fetched files.", callback=check_size)
-    ] = "16GB",
-    push_to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="USER/NAME",
-            help="Upload each shard to this repository when it is finished.",
-            callback=check_repository,
-        ),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to: make the repository private.")] = False,
-    discard_output: Annotated[
-        bool, typer.Option("--discard-output", help="With --push-to: delete each shard here when it is uploaded.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print disk, memory and time; works without the files too.")
-    ] = False,
-    list_shards: Annotated[bool, typer.Option("--list-shards", help="With --dry-run: list every shard.")] = False,
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Worker threads; default: one per core.", min=1)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    source: option.Source,
+    out: option.Out,
+    dtype: option.Dtype = "bfloat16",
+    layout: option.Layout = "hub",
+    config: option.Config = None,
+    tokenizer: option.Tokenizer = None,
+    no_tokenizer: option.NoTokenizer = False,
+    max_shard_size: option.MaxShardSize = None,
+    group_size: option.GroupSize = None,
+    embedding: option.Embedding = None,
+    round_scales: option.RoundScales = False,
+    discard_source: option.DiscardSource = False,
+    scratch: option.Scratch = "16GB",
+    push_to: option.PushTo = None,
+    private: option.Private = False,
+    discard_output: option.DiscardOutput = False,
+    dry_run: option.DryRun = False,
+    list_shards: option.ListShards = False,
+    jobs: option.Jobs = None,
+    as_json: option.AsJson = False,
 ) -> None:
     """Convert xAI's checkpoint to a folder that loads in Transformers. Run it again to resume."""
     from rich.console import Console
@@ -106,6 +60,8 @@ def convert_command(
         no_tokenizer=no_tokenizer,
         max_shard_size=max_shard_size,
         group_size=group_size,
+        embedding=embedding,
+        round_scales=round_scales,
         discard_source=discard_source,
         scratch=scratch,
         push_to=push_to,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +38,7 @@ def demo_command(
     with starting("torch and Transformers"):
         import transformers  # noqa: F401
 
-        from grok1.demo.passages import bundled_checkpoint
+        from grok1.demo.passages import bundled_checkpoint, copy_checkpoint
 
     with bundled_checkpoint() as bundled, tempfile.TemporaryDirectory(prefix="grok1-demo-") as scratch:
         if checkpoint is not None:
@@ -49,17 +48,6 @@ def demo_command(
         typer.echo(f"\nIn xAI's format: {checkpoint}. Next: grok1 convert {checkpoint} OUT")
     if out is not None:
         typer.echo(f'\nKept in {out}. Next: grok1 generate {out} "Now is the winter of our"')
-
-
-def copy_checkpoint(bundled: Path, out: Path) -> None:
-    """Copy the files of the checkpoint, without the demo's own. Raises ConversionError where the folder exists."""
-    from grok1.errors import ConversionError
-
-    if out.exists():
-        raise ConversionError(f"{out}: expected no such folder, found one.", next_step="Give a new --checkpoint.")
-    shutil.copytree(bundled / "ckpt-0", out / "ckpt-0")
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copy(bundled / name, out / name)
 
 
 def run_demo(checkpoint: Path, folder: Path) -> None:

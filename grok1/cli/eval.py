@@ -61,7 +61,7 @@ def eval_command(
             progress=progress,
         )
     sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
-    figures = json.dumps({**asdict(found), "text": text.name, "text_sha256": sha256}, indent=2)
+    figures = json.dumps({**asdict(found), "text": text.name, "text_sha256": sha256}, indent=2, allow_nan=False)
     if out is not None:
         write_file(out, figures + "\n")
     if as_json:

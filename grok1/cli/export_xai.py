@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
-from grok1.cli.options import ConvertedFolder
-
 
 EXAMPLES = """
 grok1 export-xai grok-1-hf exported
+grok1 export-xai grok-1-gguf/grok-1-q8_0.gguf exported
 """
 
 
 def export_xai_command(
-    folder: ConvertedFolder,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A converted folder, USER/NAME on the hub (downloaded), or a GGUF file."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write ckpt-0/: an empty folder, or none yet.")],
     scale_blocks: Annotated[
         int,
@@ -30,8 +34,9 @@ def export_xai_command(
     from grok1.cli.progress import byte_progress
     from grok1.conversion.export_xai import export_xai
     from grok1.downloads import local_folder
+    from grok1.gguf_files import is_gguf
 
-    folder = local_folder(folder)
+    folder = folder if is_gguf(folder) else local_folder(folder)
     with byte_progress("Exporting") as progress:
         report = export_xai(folder, out, scale_blocks=scale_blocks, progress=progress)
     console = Console(markup=False, highlight=False, soft_wrap=True)

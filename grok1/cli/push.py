@@ -34,6 +34,7 @@ def push_command(
     from rich.table import Table
 
     from grok1.cli.progress import byte_progress, starting
+    from grok1.errors import problem_lines
 
     with starting("the checks"):
         from grok1.model_card.hub import check_folder, left_here, push_folder, upload_plan
@@ -42,8 +43,8 @@ def push_command(
     with byte_progress("Checking every tensor") as progress:
         problems = check_folder(folder, progress, trust_remote_code=trust_remote_code)
     if problems:
-        for problem in problems:
-            messages.print(f"  - {problem}", markup=False, highlight=False, soft_wrap=True)
+        for line in problem_lines(problems):
+            messages.print(line, markup=False, highlight=False, soft_wrap=True)
         messages.print(f"{folder}: {len(problems)} problem(s); nothing was sent.", style="red", soft_wrap=True)
         raise typer.Exit(1)
 

@@ -68,7 +68,7 @@ def routing_command(
 
         write_file(html, routing_page(statistics, pieces, title))
     if as_json:
-        typer.echo(json.dumps(statistics.to_dict()))
+        typer.echo(json.dumps(statistics.to_dict(), allow_nan=False))
         return
     typer.echo(f"{title}. Expert load by layer:")
     typer.echo(load_bars(statistics))

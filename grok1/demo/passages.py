@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from grok1.errors import ConversionError
 
 
 if TYPE_CHECKING:
@@ -55,6 +58,15 @@ def bundled_checkpoint() -> Iterator[Path]:
     """The folder with ckpt-0/, config.json, tokenizer.model and passages.json."""
     with as_file(files("grok1") / "demo") as folder:
         yield folder
+
+
+def copy_checkpoint(bundled: Path, out: Path) -> None:
+    """Copy the files of the checkpoint, without the demo's own. Raises ConversionError where the folder exists."""
+    if out.exists():
+        raise ConversionError(f"{out}: expected no such folder, found one.", next_step="Give a new --checkpoint.")
+    shutil.copytree(bundled / "ckpt-0", out / "ckpt-0")
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(bundled / name, out / name)
 
 
 def read_passages(checkpoint: Path) -> tuple[Passage, ...]:

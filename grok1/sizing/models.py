@@ -48,9 +48,10 @@ def find_model(name: str | None) -> Model:
     """The folder, repository (USER/NAME) or preset of that name; None: the release.
 
     Raises:
-        ValueError: there is none, or the repository holds no Grok-1.
+        ValueError: there is none, or it holds no Grok-1.
     """
     from grok1.configuration import load_preset, preset_names
+    from grok1.conversion.inputs import refuse_grok2_folder
     from modeling_grok1 import GrokConfig
 
     if name is None:
@@ -60,6 +61,7 @@ def find_model(name: str | None) -> Model:
         check_is_grok1(name)
         folder = read_config(name).parent
     if (folder / "config.json").is_file():
+        refuse_grok2_folder(folder)
         config = GrokConfig.from_pretrained(folder)
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
         return Model(name, config, Path(name), stored_precision(folder) or dtype)

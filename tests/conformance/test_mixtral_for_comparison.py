@@ -35,6 +35,7 @@ class MixtralModelTester(grok1.Grok1ModelTester):
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
             num_local_experts=4,
             pad_token_id=0,
             max_position_embeddings=512,

@@ -15,6 +15,7 @@ from grok1.conversion.convert import convert
 from grok1.conversion.export_xai import export_xai
 from grok1.conversion.inspect import inspect_checkpoint
 from grok1.errors import CheckpointError, ConversionError
+from grok1.sizing.models import find_model
 from modeling_grok1 import Grok1ForCausalLM
 
 
@@ -184,6 +185,39 @@ def test_a_folder_that_changes_meanwhile_is_refused(folders, tmp_path, kind, cha
     assert not (out / "config.json").exists() and not list(out.glob("*.partial"))
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folders, tmp_path, name, value):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    tensors = {key: tensor for file in folders["hub"].glob("*.safetensors") for key, tensor in load_file(file).items()}
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((folders["hub"] / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{name}: expected finite weights, found 1 that are NaN or infinite"):
+        adopt(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.partial")) and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "llama"}, "model_type: expected 'grok-1' or none, found 'llama'"),
+        ({"num_hidden_layers": 10**5}, "at most 100000 weight matrices"),
+        ({"num_experts": 10**9}, "at most 100000 weight matrices"),
+        ({"torch_dtype": ["x"]}, "config.json"),
+    ],
+)
+def test_another_model_or_endless_sizes_are_refused_at_once(folders, tmp_path, changes, says):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    foreign = json.loads((folders["hpcai"] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(foreign | changes))
+    with pytest.raises(ConversionError, match=says):
+        adopt(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_grok_2_is_named_with_what_runs_it(golden, folders, tmp_path):
     source = tmp_path / "grok-2"
     source.mkdir()
@@ -197,6 +231,7 @@ def test_grok_2_is_named_with_what_runs_it(golden, folders, tmp_path):
         lambda: convert(source, tmp_path / "out"),
         lambda: convert(golden / "tiny-1", tmp_path / "out", config=source / "config.json"),
         lambda: inspect_checkpoint(source),
+        lambda: find_model(str(source)),
     ):
         with pytest.raises(ConversionError, match=r"(?s)this is Grok-2.*sglang\.launch_server"):
             refused()

@@ -135,6 +135,27 @@ def test_an_upload_that_broke_is_continued(hub, golden, expected, tmp_path):
     assert {path: blob.sha256 for path, blob in hub.files(TARGET).items() if path != ".gitattributes"} == expected
 
 
+def test_a_pushed_shard_that_was_left_here_is_removed_first(hub, golden, expected, tmp_path, monkeypatch):
+    """A run that was killed between the commit and the removal; the disk has no room for both shards."""
+    settings = {"push_to": TARGET, "discard_output": True, **SMALL_SHARDS}
+    out, unlink = tmp_path / "out", Path.unlink
+
+    def killed(path, **options):
+        if path.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        convert(golden / "tiny-1", out, **settings)
+    (left,) = out.glob("*.safetensors")
+    assert left.name in hub.files(TARGET)
+    commit = HubSink._commit
+    monkeypatch.setattr(HubSink, "_commit", lambda *args: pytest.fail("left") if left.exists() else commit(*args))
+    convert(golden / "tiny-1", out, **settings)
+    assert uploaded(hub) == expected and not list(out.glob("*.safetensors"))
+
+
 def test_a_whole_model_is_not_overwritten(hub, golden, tmp_path):
     hub.add_file(TARGET, "model.safetensors.index.json", b"{}")
     with pytest.raises(ConversionError, match="found a whole model"):

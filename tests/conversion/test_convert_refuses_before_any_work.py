@@ -49,7 +49,7 @@ def test_all_problems_come_in_one_message(source, tmp_path):
         "tensor00005_000: expected",
         "notes.txt",
         "dtype: expected one of bfloat16, float32, int8, int4, found 'fp8'",
-        "layout: expected one of hub, fused, hpcai, keyfan, found 'sharded'",
+        "layout: expected one of hub, fused, hpcai, keyfan, gguf, found 'sharded'",
         "`max_shard_size`: expected a size such as 5GB",
         "tokenizer.model: expected",
     ):
@@ -181,7 +181,7 @@ def test_scales_that_are_not_finite(source, tmp_path, bits):
 @pytest.mark.parametrize("layout", ["fused", "hpcai", "keyfan"])
 def test_int8_in_layouts_whose_readers_do_not_know_it(source, tmp_path, layout):
     message = refusal(source, tmp_path / "out", dtype="int8", layout=layout)
-    assert f"layout: expected hub with dtype int8 (no engine reads another), found '{layout}'" in message
+    assert f"layout: expected hub or gguf with dtype int8 (no engine reads another), found '{layout}'" in message
 
 
 def test_groups_that_do_not_divide_are_refused_with_what_would_do(source, tmp_path):

@@ -64,11 +64,24 @@ def keyfan_layer(n: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+def gguf_layer(n: int) -> dict[str, tuple[int, ...]]:
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+    experts = {"ffn_gate_exps": (E, F, D), "ffn_down_exps": (E, D, F), "ffn_up_exps": (E, F, D)}
+    norms = ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm")
+    return {
+        **{f"blk.{n}.{name}.weight": ATTENTION[x] for x, name in names.items()},
+        **{f"blk.{n}.{name}.weight": shape for name, shape in experts.items()},
+        **{f"blk.{n}.{norm}.weight": (D,) for norm in norms},
+        f"blk.{n}.ffn_gate_inp.weight": (E, D),
+    }
+
+
 EXPECTED = {
     "hub": ("model.embed_tokens.weight", "model.norm.weight", hub_layer),
     "fused": ("model.embed_tokens.weight", "model.norm.weight", fused_layer),
     "hpcai": ("model.embed_tokens.weight", "model.norm.scale", hpcai_layer),
     "keyfan": ("transformer.in_out_embed.weight", "transformer.rms_norm.weight", keyfan_layer),
+    "gguf": ("token_embd.weight", "output_norm.weight", gguf_layer),
 }
 
 
@@ -88,16 +101,18 @@ def test_the_entries_are_the_published_index(assets):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_names_and_shapes_of_a_layout(layout):
     embedding, norm, layer = EXPECTED[layout]
-    expected = {embedding: (V, D), norm: (D,), "lm_head.weight": (V, D)}
+    head = {} if layout == "gguf" else {"lm_head.weight": (V, D)}
+    expected = {embedding: (V, D), norm: (D,), **head}
     for n in range(LAYERS):
         expected |= layer(n)
     for dtype in ("bfloat16", "float32"):
         tensors = hub_tensors(release_sizes(), layout, dtype)
         assert {name: tensor.shape for name, tensor in tensors.items()} == expected
         in_float32 = {name for name, tensor in tensors.items() if tensor.dtype == "float32"}
-        small = {name for name in expected if "norm" in name or "router" in name or name.endswith("gate.weight")}
+        routers = ("router.weight", ".gate.weight", "ffn_gate_inp.weight")
+        small = {name for name in expected if "norm" in name or name.endswith(routers)}
         assert in_float32 == (set(expected) if dtype == "float32" else small)
-        assert sum(tensor.numel for tensor in tensors.values()) == 316_490_127_360
+        assert sum(tensor.numel for tensor in tensors.values()) == 316_490_127_360 - (V * D if not head else 0)
 
 
 @pytest.mark.parametrize(("dtype", "per_word"), [("int8", 4), ("int4", 8)])
@@ -131,7 +146,7 @@ def test_layers_are_lexicographic_on_xais_side_and_numeric_on_the_hubs():
     assert names[-1] == "model.norm.weight"
 
 
-PLACES = [(layout, dtype) for layout in LAYOUTS for dtype in DTYPES if layout == "hub" or dtype not in BITS]
+PLACES = [(layout, dtype) for layout in LAYOUTS for dtype in DTYPES if layout in ("hub", "gguf") or dtype not in BITS]
 
 
 @pytest.mark.parametrize(("layout", "dtype"), PLACES)
@@ -140,7 +155,8 @@ def test_every_array_of_the_checkpoint_has_exactly_one_place(layout, dtype):
     places = parts_by_entry(tensors.values())
     for entry in checkpoint_entries(release_sizes()):
         experts = range(8) if entry.kind.name.startswith("moe_") else [None]
-        fields = ["weight", "scales", "shape"] if dtype in BITS and entry.kind.quantised else ["weight"]
+        packed = dtype in BITS and layout == "hub" and entry.kind.quantised
+        fields = ["weight", "scales", "shape"] if packed else ["weight"]
         found = [(part.field, part.expert) for _, part in places[entry.index]]
         assert sorted(found, key=str) == sorted(((f, e) for f in fields for e in experts), key=str)
     for tensor in tensors.values():
@@ -166,6 +182,6 @@ def test_gate_comes_before_up_in_the_fused_matrix():
 
 
 def test_a_kind_is_named_once_in_every_column():
-    for column in ("name", "path", "hub", "hpcai", "keyfan"):
+    for column in ("name", "path", "hub", "hpcai", "keyfan", "gguf"):
         values = [getattr(kind, column) for kind in BLOCK_KINDS]
         assert len(set(values)) == len(values) == 12

@@ -1,10 +1,15 @@
 """A tokenizer that could not be reproduced id for id is refused, with every reason, and nothing is written."""
 
 import io
+import os
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from grok1.conversion.tokenizer import NORMAL, Piece, SentencePieceModel, build_tokenizer, convert_tokenizer
 from grok1.errors import ConversionError
@@ -102,3 +107,32 @@ def test_the_three_files_replace_older_ones_and_nothing_else_is_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / "tokenizer.model").read_bytes() == DEMO.read_bytes()
     assert (tmp_path / "config.json").read_text() == "old"
+
+
+@cache
+def small_model() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return model_file(Path(folder)).read_bytes()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4))
+def test_a_damaged_file_is_refused_or_read(tmp_path_factory, changes):
+    """Bytes that are replaced, removed or added, wherever: fields then have other types, lengths and numbers."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / "tokenizer.model"
+    data = bytearray(small_model())
+    for place, removed, added in changes:
+        start = int(place * len(data))
+        data[start : start + removed] = added
+    path.write_bytes(data)
+    try:
+        convert_tokenizer(path, folder / "out")
+    except ConversionError as error:
+        assert str(path) in str(error) or "tokenizer" in str(error)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.name)])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "tokenizer.model")
+    assert "cannot be read" in str(refusal(tmp_path / "tokenizer.model", tmp_path / "out"))

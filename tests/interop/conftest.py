@@ -1,6 +1,7 @@
 """The demo as a hub folder, as GGUF, and in llama.cpp; and the table of what was measured."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from grok1.conversion.convert import convert
 from modeling_grok1 import Grok1ForCausalLM
 
 
+# The hard strings of the tokenizer's own tests.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "conversion"))
 DEMO = Path(__file__).resolve().parents[2] / "grok1" / "demo"
 MEASURED = pytest.StashKey[list[str]]()
 

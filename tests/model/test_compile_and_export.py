@@ -138,7 +138,7 @@ def test_an_exported_program_takes_every_batch_and_length(small_config, masked, 
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"experts_layout": "linear"}, "load the model without `experts_layout`"),
+        ({"experts_layout": "linear"}, "load without `experts_layout`"),
         ({"experts_implementation": "eager"}, r"model.set_experts_implementation\('grok1'\)"),
     ],
     ids=["linear", "eager"],

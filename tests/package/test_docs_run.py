@@ -1,8 +1,8 @@
 """Every code block of README.md and docs/ runs as it is pasted, page by page, in the page's order, in an empty folder.
 
-A block below `<!-- needs: ... -->` needs what a test has not (the release, GPUs, another program): it runs with
-stand-ins (tests/support/stand_ins.py, a hub on loopback), or is only parsed where there is none. Lines of bash that begin with
-`grok1` run in this process.
+A block below `<!-- needs: ... -->` needs what a test lacks (the release, GPUs, other programs): it runs with stand-ins
+(tests/support/stand_ins.py, a hub on loopback), or is only parsed if there is none. Blocks that need the libraries of
+`make ecosystem` run there. Lines of bash that begin with `grok1` run in this process.
 """
 
 import ast
@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from grok1.files import sha256_of
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "grok1" / "demo"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPT = re.compile(r"# (\w+\.py)\n")
 # Its blocks need libraries of an environment of their own: `make ecosystem` runs them (tests/ecosystem).
 RUN_HERE = [page for page in PAGES if page.name != "ecosystem.md"]
 FENCE = re.compile(r"(?P<needs><!-- needs: [^\n]+ -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -75,6 +75,8 @@ def is_run_here(block: Block) -> bool:
         return False
     if block.needs is None:
         return True
+    if "make ecosystem" in block.needs:
+        return bool(os.environ.get("GROK1_ECOSYSTEM"))
     return not any(pattern.search(block.code) for pattern in (ELSEWHERE, NO_STAND_IN, MISSING_PROGRAM))
 
 
@@ -137,9 +139,13 @@ def test_the_blocks_of_a_page_run_in_order_in_an_empty_folder(page, tmp_path, mo
     for block in found:
         known = ("python", "bash", "text", "bibtex")
         assert block.language in known, f"{page.name}:{block.line}: {block.language or 'none'}"
+    # The commands of the libraries, beside this Python.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     stand_ins.install(tmp_path / "bin", monkeypatch)
     stand_ins.place_on_cpu(monkeypatch)
     (tmp_path / "empty").mkdir()
+    if page.name == "training.md":
+        (tmp_path / "empty" / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path / "empty")
     scope: dict = {"__name__": "__docs__"}
     for block in filter(is_run_here, found):

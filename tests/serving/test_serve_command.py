@@ -100,7 +100,7 @@ def test_a_folder_that_is_none(folder, tmp_path):
     assert f"{tmp_path}/config.json: not there" in said and f"{tmp_path}/tokenizer.json: not there" in said
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    assert "no file named model.safetensors" in refused(tmp_path, "--port", 0)
+    assert "expected model.safetensors.index.json or model.safetensors" in refused(tmp_path, "--port", 0)
 
 
 def test_options_that_cannot_be(folder, tmp_path):

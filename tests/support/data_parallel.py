@@ -39,6 +39,8 @@ def build(case: dict[str, Any], folder: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_layout=case["layout"], use_cache=False, **options
     )
+    if case.get("experts"):
+        model.set_experts_implementation(case["experts"])
     if case.get("checkpointed"):
         model.activation_checkpointing_enable({"use_reentrant": case.get("reentrant", False)})
     if case.get("lora"):

@@ -1,7 +1,7 @@
-"""Stand-ins for what documentation needs and a test has not: the hub, other engines, several GPUs.
+"""Stand-ins for what documentation needs and a test lacks: the hub, other engines, several GPUs.
 
-`install` puts executables in front of PATH. Each checks what it is given as far as it can (a folder that is loaded must
-be a converted one, a file that is written must be named) and does the part that the next line of a page relies on.
+`install` puts executables in front of PATH. Each checks its arguments as far as it can (a folder to load must be
+a converted one) and does the part that the next line of a page relies on.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ pytest.importorskip("bitsandbytes")
 
 MODELS: dict[str, dict[str, Any]] = {
     "full-fused": {"layout": "fused"},
+    "full-fused-eager": {"layout": "fused", "experts": "eager"},  # as in longer batches
     "full-linear": {"layout": "linear"},
     "lora-linear": {"layout": "linear", "lora": True},
     "lora-int8": {"layout": "linear", "lora": True, "quantized": "int8"},

@@ -240,3 +240,31 @@ def test_the_balance_of_a_step_with_a_cache_is_that_of_its_tokens(model, batch, 
     router_inputs.clear()
     output = model(tokens[:, 6:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
     torch.testing.assert_close(output.aux_loss, balance_loss(router_inputs, model, mask[:, 6:]))
+
+
+@pytest.mark.parametrize("tokens", [[[5]], [[5, 9, 11, 40]]], ids=["one-token", "four"])
+def test_the_gradient_of_the_experts_is_written_in_place_and_whole(model, tokens):
+    """Zero for unchosen experts, the same twice from one graph, and of the rows alone where the experts are frozen."""
+    model.set_experts_implementation("eager")
+    experts = model.model.layers[1].block_sparse_moe.experts
+    tokens = torch.tensor(tokens)
+    loss = model(tokens).logits.square().mean()
+    first, second = (
+        torch.autograd.grad(loss, [*experts.parameters(), model.model.norm.weight], retain_graph=True)
+        for _ in range(2)
+    )
+    model.set_experts_implementation("batched_mm")
+    expected = torch.autograd.grad(model(tokens).logits.square().mean(), [*experts.parameters()])
+    for a, b, c in zip(first, second, expected, strict=False):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6)
+    unchosen = first[0].flatten(1).abs().amax(1) == 0
+    assert unchosen.any()
+
+    model.set_experts_implementation("eager")
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.square().mean().backward()
+    assert inputs.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in experts.parameters())
