@@ -189,7 +189,7 @@ def chosen_experts_forward(self: Any, x: torch.Tensor, experts: torch.Tensor, ga
     scales = [getattr(self, f"{name}_scale", None) for name in ("gate_up_proj", "down_proj")]
     y = chosen_matmul(x.expand(len(chosen), -1), self.gate_up_proj, chosen, scales[0])  # k 2F
     y = chosen_matmul(geglu(*y.chunk(2, dim=-1)), self.down_proj, chosen, scales[1])  # k D
-    return gates @ y
+    return (y * gates.T).sum(dim=0, keepdim=True)  # rounded as in `routed_sum`
 
 
 def can_group(self: Any, x: torch.Tensor) -> bool:
