@@ -19,18 +19,21 @@ class Text:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self._tokenizer, self._stops = tokenizer, stops
         self._stream = DecodeStream([], skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._decoded = 0  # characters
+        self._pending: list[int] = []  # tokens that are not decoded yet: an unfinished character
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
     def add(self, token: int) -> str:
         """What the token makes certain of the text, often nothing or more than its own piece."""
-        self._ids.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # bytes that are no UTF-8: the decoder reads the bytes before them, already given, otherwise
+            self._stream = DecodeStream([], skip_special_tokens=True)
+            piece = self._tokenizer.decode(self._pending, skip_special_tokens=True)
         if piece is None or self.stopped:
             return ""
-        self._decoded += len(piece)
+        self._pending = []
         self._held += piece
         return self._release()
 
@@ -38,8 +41,7 @@ class Text:
         """The rest, with an unfinished character as U+FFFD."""
         if self.stopped:
             return ""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        self._held += whole[self._decoded :]
+        self._held += self._tokenizer.decode(self._pending, skip_special_tokens=True)
         certain = self._release()
         rest, self._held = self._held, ""
         return certain if self.stopped else certain + rest

@@ -181,7 +181,8 @@ def test_the_folder_of_a_command_holds_the_precision(folder, tmp_path):
     assert model.folder_for("int8") == "grok-1-int8" and model.folder_for("int4") == "grok-1-int4"
     assert find_model(None).folder_for("float32") == "grok-1-hf"
     with pytest.raises(
-        ValueError, match=r"expected a converted folder with config.json, or a preset \(demo, grok-1\)"
+        ValueError,
+        match=r"expected a converted folder with config.json, USER/NAME on the hub, or a preset \(demo, grok-1\)",
     ):
         find_model(str(tmp_path))
 

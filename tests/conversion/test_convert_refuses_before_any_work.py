@@ -149,7 +149,7 @@ def test_the_config_is_looked_for_in_the_folder_and_above(source, tmp_path):
     ("text", "expected"),
     [
         ("{", "not the config of a Grok-1"),
-        ("[]", "expected an object, found list"),
+        ("[]", "expected a JSON object, found a list"),
         ('{"model_type": "llama"}', "model_type: expected 'grok-1', found 'llama'"),
         ('{"hidden_act": "silu"}', "hidden_act"),
     ],

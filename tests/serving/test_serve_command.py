@@ -95,7 +95,7 @@ def test_a_port_that_is_taken(folder):
 
 
 def test_a_folder_that_is_none(folder, tmp_path):
-    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "expected a folder or USER/NAME of a repository on the hub" in refused(tmp_path / "nowhere")
     said = refused(tmp_path)
     assert f"{tmp_path}/config.json: not there" in said and f"{tmp_path}/tokenizer.json: not there" in said
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
