@@ -13,7 +13,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -167,11 +167,6 @@ def with_cpu_products(forward: Callable) -> Callable:
             return forward(self, hidden_states, *args, **kwargs)
 
     return wrapped
-
-
-def products_for(x: torch.Tensor) -> AbstractContextManager:
-    """The products of this file where x is on a CPU."""
-    return CPU_PRODUCTS if x.device.type == "cpu" else nullcontext()
 
 
 @contextmanager
