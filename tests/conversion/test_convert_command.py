@@ -127,7 +127,8 @@ def test_too_little_disk_is_told_not_refused_in_a_dry_run(grok1, tmp_path, monke
 def test_ctrl_c_leaves_what_can_be_continued_and_says_so(golden, tmp_path):
     # Slow writes stand for large tensors; from the 60th on they leave a busy machine time to send the signal.
     script = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from grok1.cli import main
 from grok1.conversion import convert
 real, written = os.pwrite, []
