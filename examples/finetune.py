@@ -67,6 +67,7 @@ def main() -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(json.dumps({"before": before, "after": after, "processes": trainer.args.world_size}))
+    trainer.accelerator.end_training()  # ends the process group: its threads must not outlive the main one
 
 
 if __name__ == "__main__":
